@@ -1,0 +1,62 @@
+"""Tile arithmetic that every backend shares: the visible key tiles of a tile of queries.
+
+Axis legend
+  B  batch            P  query positions            N  keys of one source (sinks, gists or raws)
+
+Every row of every query sees, in each of the three key sources, one contiguous range `[lo, hi)`. A tile of rows then
+needs the key tiles from `min(lo)` to `max(hi)`, and of those only the ones not inside every row's range evaluate a
+mask: two integer compares.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int32
+
+from unigist_jax.layout import GistLayout, UnitStarts, segment_ranges
+
+
+class RowRanges(NamedTuple):
+    """Half-open visible range of each query row in one key source, in that source's own index. int32 [B or 1, P]."""
+
+    lo: Int32[Array, "B P"]
+    hi: Int32[Array, "B P"]
+
+
+class SourceRanges(NamedTuple):
+    """`RowRanges` of the three key sources of gist attention."""
+
+    sinks: RowRanges
+    gists: RowRanges
+    raws: RowRanges
+
+
+def source_ranges(
+    layout: GistLayout,
+    num_units: int,
+    num_sinks: int,
+    first_unit: int | jax.Array,
+    first_raw_unit: int | jax.Array,
+    starts: UnitStarts,
+) -> SourceRanges:
+    """Ranges of a gist-shifted segment's rows in the sinks, the gists, and the raws (which begin at `first_raw_unit`)."""
+    ranges = segment_ranges(layout, num_units, jnp.asarray(first_unit, jnp.int32), starts)
+    gist_lo, gist_hi, raw_lo, raw_hi = (x.reshape(-1, x.shape[-1]) for x in ranges)
+    offset = jnp.asarray(first_raw_unit, jnp.int32) * layout.ratio
+    zero = jnp.zeros_like(gist_lo)
+    return SourceRanges(
+        sinks=RowRanges(zero, zero + num_sinks),
+        gists=RowRanges(gist_lo, gist_hi),
+        raws=RowRanges(jnp.maximum(raw_lo - offset, 0), raw_hi - offset),
+    )
+
+
+def tile_bounds(rows: RowRanges, tile: int) -> tuple[jax.Array, jax.Array]:
+    """First key tile and one past the last that any of these rows needs, int32 scalars; empty if no row sees a key."""
+    seen = rows.lo < rows.hi
+    first = jnp.min(jnp.where(seen, rows.lo, jnp.iinfo(jnp.int32).max))
+    last = jnp.max(jnp.where(seen, rows.hi, 0))
+    return jnp.minimum(first, last) // tile, -(-last // tile)
