@@ -1,0 +1,104 @@
+"""Attention of a decoder layer: projections, and the call of the attention op on each device's own share.
+
+Axis legend
+  B  batch      P  positions of a segment, (r + 1) * U      E  hidden size
+  Hq query heads, Hkv KV heads, D head dim                  s  sinks, G gist keys, R raw keys
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import GistKV, gist_attention
+from pallas_kernels.blocked import causal_attention
+from unigist_jax.layout import GistLayout
+from unigist_jax.model.config import LlamaConfig
+from unigist_jax.sharding import partition_spec
+
+
+class Attention(nnx.Module):
+    """Query, key, value and output projections of grouped-query attention."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(0.02, dtype=config.param_dtype)
+        size, dim = config.hidden_size, config.head_dim
+        self.query = nnx.Param(init(rngs.params(), (size, config.num_heads, dim)))
+        self.key = nnx.Param(init(rngs.params(), (size, config.num_kv_heads, dim)))
+        self.value = nnx.Param(init(rngs.params(), (size, config.num_kv_heads, dim)))
+        self.out = nnx.Param(init(rngs.params(), (config.num_heads, dim, size)))
+
+    def project(
+        self, x: Float[Array, "B P E"], cos: Float[Array, "_ P half"], sin: Float[Array, "_ P half"]
+    ) -> tuple[Float[Array, "B P Hq D"], Float[Array, "B P Hkv D"], Float[Array, "B P Hkv D"]]:
+        """Queries and keys, both rotated, and values."""
+        q, k, v = (jnp.einsum("bpe,ehd->bphd", x, w[...].astype(x.dtype)) for w in (self.query, self.key, self.value))
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def output(self, context: Float[Array, "B P Hq D"]) -> Float[Array, "B P E"]:
+        return jnp.einsum("bphd,hde->bpe", context, self.out[...].astype(context.dtype))
+
+
+def rotate(
+    x: Float[Array, "B P H D"], cos: Float[Array, "_ P half"], sin: Float[Array, "_ P half"]
+) -> Float[Array, "B P H D"]:
+    """Turns the pairs (x[i], x[i + D/2]) by the angles, in float32 (the pairing of HF's Llama)."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+_ROWS = partition_spec("batch", None)
+_HEADS = partition_spec("batch", None, "heads", None)
+_SINK_HEADS = partition_spec(None, "heads", None)
+_SHARED_HEADS = partition_spec(None, None, "heads", None)
+
+
+def _on_each_device(function, in_specs, out_specs, *arguments):
+    """Runs `function` under shard_map over the mesh in context (batch and heads split), or as it is without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function(*arguments)
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*arguments)
+
+
+def segment_attention(
+    q: Float[Array, "B P Hq D"],
+    kv: GistKV,
+    layout: GistLayout,
+    first_unit: int | Int[Array, ""] = 0,
+    first_raw_unit: int | Int[Array, ""] = 0,
+    doc_start: Int[Array, "B G"] | None = None,
+    backend: str | None = None,
+) -> Float[Array, "B P Hq D"]:
+    """`gist_attention` on each device's rows and heads."""
+    batch, gists = kv.gist_k.shape[:2]
+    if doc_start is None:
+        doc_start = jnp.zeros((batch, gists), jnp.int32)
+
+    def attend(q, kv, first_unit, first_raw_unit, doc_start):
+        return gist_attention(q, kv, layout, first_unit, first_raw_unit, doc_start, backend=backend)
+
+    scalar = partition_spec()
+    specs = _HEADS, GistKV(_SINK_HEADS, _SINK_HEADS, *[_HEADS] * 4), scalar, scalar, _ROWS
+    units = jnp.asarray(first_unit, jnp.int32), jnp.asarray(first_raw_unit, jnp.int32)
+    return _on_each_device(attend, specs, _HEADS, q, kv, *units, doc_start)
+
+
+def full_attention(
+    q: Float[Array, "B T Hq D"],
+    k: Float[Array, "B T Hkv D"],
+    v: Float[Array, "B T Hkv D"],
+    begin: Int[Array, "B T"],
+) -> Float[Array, "B T Hq D"]:
+    """Plain causal attention on each device's rows and heads; `begin` is each query's first visible key."""
+    return _on_each_device(causal_attention, (_HEADS, _HEADS, _HEADS, _ROWS), _HEADS, q, k, v, begin)
+
+
+def sink_attention(
+    q: Float[Array, "1 s Hq D"], k: Float[Array, "1 s Hkv D"], v: Float[Array, "1 s Hkv D"]
+) -> Float[Array, "1 s Hq D"]:
+    """Causal attention of the sinks among themselves, on each device's heads."""
+    return _on_each_device(causal_attention, (_SHARED_HEADS,) * 3, _SHARED_HEADS, q, k, v)

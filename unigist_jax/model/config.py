@@ -1,0 +1,82 @@
+"""Sizes and choices of a Llama 3 model. Frozen and hashable: static under `jax.jit`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from pallas_kernels.gist_attention import resolve_backend
+
+DTYPES = ("float32", "bfloat16", "float16")
+REMAT_POLICIES = ("none", "full", "dots")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's stretching of the long rotary wavelengths (`rope_type: llama3`)."""
+
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """A Llama 3 decoder.
+
+    Attributes:
+      vocab_size, hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads, head_dim: sizes; `num_heads` is a
+        multiple of `num_kv_heads`, `head_dim` is even.
+      rope_theta, rope_scaling: rotary base, and llama3 scaling or None.
+      max_position_embeddings: longest context the weights were made for; carried to and from HF, no bound here.
+      rms_norm_eps: epsilon of RMSNorm.
+      tie_embeddings: the head shares the embedding.
+      attention: "gist" (sinks, gists and a window of raws) or "full" (plain causal attention, no sinks, no gists).
+      param_dtype, dtype: of the parameters and of the computation; norms, softmax and logits are float32.
+      remat: what the backward pass recomputes of each layer: "none", "full" (everything), "dots" (all but products).
+      attention_backend: of `pallas_kernels.gist_attention`; None chooses by platform.
+      gist_init_scale: standard deviation of the initial gist and sink embeddings.
+
+    Raises:
+      ValueError: naming the field, its value and what it may be.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float = 500_000.0
+    rope_scaling: RopeScaling | None = None
+    max_position_embeddings: int = 131_072
+    rms_norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    attention: Literal["gist", "full"] = "gist"
+    param_dtype: str = "float32"
+    dtype: str = "bfloat16"
+    remat: str = "none"
+    attention_backend: str | None = None
+    gist_init_scale: float = 0.02
+
+    def __post_init__(self):
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"LlamaConfig.{name}={getattr(self, name)} must be at least 1")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"LlamaConfig.num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"
+            )
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(f"LlamaConfig.head_dim={self.head_dim} must be even: rotary embeddings turn pairs")
+        for name, allowed in (
+            ("attention", ("gist", "full")),
+            ("param_dtype", DTYPES),
+            ("dtype", DTYPES),
+            ("remat", REMAT_POLICIES),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"LlamaConfig.{name}={getattr(self, name)!r} is unknown; choose one of {allowed}")
+        resolve_backend(self.attention_backend)

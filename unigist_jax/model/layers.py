@@ -1,0 +1,104 @@
+"""The parts of a Llama 3 decoder layer but attention: RMSNorm, rotary embeddings, SwiGLU; and the layer itself.
+
+Axis legend
+  B  batch      P  positions      E  hidden size      F  intermediate size      H  heads      D  head dim
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from unigist_jax.model.attention import Attention
+from unigist_jax.model.config import LlamaConfig
+
+
+class Rotary(NamedTuple):
+    """Cosines and sines of rotary angles, float32 [B or 1, P, D / 2]."""
+
+    cos: Float[Array, "B P half"]
+    sin: Float[Array, "B P half"]
+
+
+def rotary_frequencies(config: LlamaConfig) -> np.ndarray:
+    """Angle per position of each rotated pair, float32 [D / 2], with llama3 scaling where the config has it."""
+    exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    frequencies = (1.0 / np.float32(config.rope_theta) ** exponent).astype(np.float32)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)
+    span = scaling.high_freq_factor - scaling.low_freq_factor
+    kept = np.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
+    return ((1 - kept) * frequencies / scaling.factor + kept * frequencies).astype(np.float32)
+
+
+def rotary(config: LlamaConfig, positions: Int[Any, "*B P"]) -> Rotary:
+    """Rotary angles at `positions`."""
+    positions = jnp.asarray(positions).reshape(-1, positions.shape[-1])
+    angles = positions[..., None].astype(jnp.float32) * rotary_frequencies(config)
+    return Rotary(jnp.cos(angles), jnp.sin(angles))
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm over the last axis, in float32."""
+
+    def __init__(self, config: LlamaConfig):
+        self.scale = nnx.Param(jnp.ones((config.hidden_size,), config.param_dtype))
+        self.eps = config.rms_norm_eps
+
+    def __call__(self, x: Float[Array, "B P E"]) -> Float[Array, "B P E"]:
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return (normed * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class SwiGLU(nnx.Module):
+    """Gated feed-forward: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(0.02, dtype=config.param_dtype)
+        wide, narrow = (config.hidden_size, config.intermediate_size), (config.intermediate_size, config.hidden_size)
+        self.gate = nnx.Param(init(rngs.params(), wide))
+        self.up = nnx.Param(init(rngs.params(), wide))
+        self.down = nnx.Param(init(rngs.params(), narrow))
+
+    def __call__(self, x: Float[Array, "B P E"]) -> Float[Array, "B P E"]:
+        gate, up, down = (w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
+        return (jax.nn.silu(x @ gate) * (x @ up)) @ down
+
+
+class DecoderLayer(nnx.Module):
+    """One pre-norm decoder layer. What attends to what is the caller's: training, prefill and decoding share the layer."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config)
+        self.attention = Attention(config, rngs=rngs)
+        self.mlp_norm = RMSNorm(config)
+        self.mlp = SwiGLU(config, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "B P E"], angles: Rotary, attend: Callable[..., tuple[jax.Array, Any]]
+    ) -> tuple[Float[Array, "B P E"], Any]:
+        """Runs the layer.
+
+        Args:
+          x: hidden states.
+          angles: rotary angles of the positions.
+          attend: `(q [B, P, Hq, D], k [B, P, Hkv, D], v) -> (context [B, P, Hq, D], anything)`, with q and k rotated.
+
+        Returns:
+          The new hidden states, and what `attend` returned beside the context (a cache, say).
+        """
+        with jax.named_scope("attention"):
+            q, k, v = self.attention.project(self.attention_norm(x), *angles)
+            context, extra = attend(q, k, v)
+            x = x + self.attention.output(context)
+        with jax.named_scope("mlp"):
+            return x + self.mlp(self.mlp_norm(x)), extra

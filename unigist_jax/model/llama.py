@@ -1,0 +1,186 @@
+"""Llama 3 with gists, in flax.nnx.
+
+Axis legend
+  B  batch          L  layers           E  hidden size        V  vocabulary
+  T  raws of a row  U  units, T = r*U   P  positions, (r+1)*U, stored gist-shifted [ T raws | U gists ]
+  s  sinks          Hkv KV heads        D  head dim
+
+The gist-shifted segment is the layout of the whole network: it is assembled once, at the embedding, and taken apart
+once, before the head. The sinks are a stream of their own without a batch axis: each layer computes their keys and
+values once for all rows, and gradients reach them summed over the batch.
+
+  tokens --embed--> [ raws | gists ] --layer 0--> … --layer L-1--> raws --norm, head--> logits
+                          |  ^ sink K, V
+  sink embeddings --------+--+---- layer 0 --> … (the same weights)
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import GistKV
+from unigist_jax.layout import GistLayout, assemble_segment, segment_positions, sink_positions, split_segment
+from unigist_jax.model.attention import full_attention, segment_attention, sink_attention
+from unigist_jax.model.config import LlamaConfig
+from unigist_jax.model.layers import DecoderLayer, RMSNorm, rotary
+
+_REMAT = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Llama(nnx.Module):
+    """A Llama 3 decoder with learned sinks and one learned gist embedding. A pytree: pass it to `jax.jit` as it is.
+
+    Attributes:
+      config, layout: static. `layout` is what the weights were trained for; methods take another ratio or window.
+      embedding [V, E], gist_embedding [E], sink_embedding [s, E], head [E, V] (None if tied), norm.
+      layers: one `DecoderLayer` whose parameters have a leading axis L.
+    """
+
+    def __init__(self, config: LlamaConfig, layout: GistLayout, *, rngs: nnx.Rngs):
+        self.config, self.layout = config, layout
+        init = nnx.initializers.normal(0.02, dtype=config.param_dtype)
+        gist_init = nnx.initializers.normal(config.gist_init_scale, dtype=config.param_dtype)
+        self.embedding = nnx.Param(init(rngs.params(), (config.vocab_size, config.hidden_size)))
+        self.gist_embedding = nnx.Param(gist_init(rngs.params(), (config.hidden_size,)))
+        self.sink_embedding = nnx.Param(gist_init(rngs.params(), (layout.num_sinks, config.hidden_size)))
+
+        @nnx.split_rngs(splits=config.num_layers)
+        @nnx.vmap(in_axes=(0,), out_axes=0)
+        def stacked_layers(rngs):
+            return DecoderLayer(config, rngs=rngs)
+
+        self.layers = stacked_layers(rngs)
+        self.norm = RMSNorm(config)
+        if config.tie_embeddings:
+            self.head = None
+        else:
+            self.head = nnx.Param(init(rngs.params(), (config.hidden_size, config.vocab_size)))
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        doc_start: Int[Array, "B U"] | None = None,
+        *,
+        attention: Literal["gist", "full"] | None = None,
+        layout: GistLayout | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Logits of the next token at every raw, float32, in one pass. Arguments as for `hidden_states`."""
+        return self.logits(self.hidden_states(tokens, doc_start, attention=attention, layout=layout))
+
+    def hidden_states(
+        self,
+        tokens: Int[Array, "B T"],
+        doc_start: Int[Array, "B U"] | None = None,
+        *,
+        attention: Literal["gist", "full"] | None = None,
+        layout: GistLayout | None = None,
+    ) -> Float[Array, "B T E"]:
+        """Final hidden states of the raws, before the last norm, in one pass.
+
+        Args:
+          tokens: raw tokens of whole units.
+          doc_start: first unit of each unit's document, for packed rows; None for one document a row.
+          attention: "gist" or "full" in place of the config's.
+          layout: another ratio or window than the model's own (the sinks must be the same).
+
+        Raises:
+          ValueError: if T is not a multiple of the ratio.
+        """
+        layout = self.checked_layout(layout)
+        units = layout.num_units(tokens.shape[1])
+        if doc_start is None:
+            doc_start = jnp.zeros((tokens.shape[0], units), jnp.int32)
+        if (attention or self.config.attention) == "full":
+            return self._full_pass(tokens, doc_start, layout)
+        return self._gist_pass(tokens, doc_start, layout, units)
+
+    def _gist_pass(self, tokens, doc_start, layout, units):
+        angles = rotary(self.config, segment_positions(layout, units, 0, doc_start))
+        num_raws = tokens.shape[1]
+
+        def body(streams, layer):
+            x, sinks = streams
+            sinks, (sink_k, sink_v) = self.sink_layer(layer, sinks)
+
+            def attend(q, k, v):
+                kv = GistKV(sink_k, sink_v, k[:, num_raws:], v[:, num_raws:], k[:, :num_raws], v[:, :num_raws])
+                return segment_attention(q, kv, layout, 0, 0, doc_start, self.config.attention_backend), None
+
+            x, _ = layer(x, angles, attend)
+            return (x, sinks), None
+
+        streams = self.embed_segment(tokens, layout), self.embed_sinks()
+        (x, _), _ = jax.lax.scan(self._remat(body), streams, self.layers)
+        return split_segment(x, layout, axis=1)[0]
+
+    def _full_pass(self, tokens, doc_start, layout):
+        begin = jnp.repeat(doc_start * layout.ratio, layout.ratio, axis=1)
+        angles = rotary(self.config, jnp.arange(tokens.shape[1]) - begin)
+
+        def body(x, layer):
+            return layer(x, angles, lambda q, k, v: (full_attention(q, k, v, begin), None))
+
+        return jax.lax.scan(self._remat(body), self.embed(tokens), self.layers)[0]
+
+    def _remat(self, body):
+        if self.config.remat == "none":
+            return body
+        return jax.checkpoint(body, policy=_REMAT[self.config.remat], prevent_cse=False)
+
+    # --- parts that inference shares with the one-pass forms --------------------------------------------------------
+
+    def checked_layout(self, layout: GistLayout | None) -> GistLayout:
+        """`layout`, or the model's own for None. Raises ValueError if it has other sinks than the weights."""
+        if layout is not None and layout.num_sinks != self.layout.num_sinks:
+            raise ValueError(f"layout has num_sinks={layout.num_sinks}, the weights {self.layout.num_sinks}")
+        return layout or self.layout
+
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
+        return self.embedding[...][tokens].astype(self.config.dtype)
+
+    def embed_gists(self, batch: int, units: int) -> Float[Array, "B U E"]:
+        gist = self.gist_embedding[...].astype(self.config.dtype)
+        return jnp.broadcast_to(gist, (batch, units, self.config.hidden_size))
+
+    def embed_segment(self, tokens: Int[Array, "B T"], layout: GistLayout) -> Float[Array, "B P E"]:
+        """Raws and one gist a unit, gist-shifted."""
+        gists = self.embed_gists(tokens.shape[0], layout.num_units(tokens.shape[1]))
+        return assemble_segment(self.embed(tokens), gists, layout, axis=1)
+
+    def embed_sinks(self) -> Float[Array, "1 s E"]:
+        return self.sink_embedding[...][None].astype(self.config.dtype)
+
+    def sink_layer(self, layer: DecoderLayer, sinks: Float[Array, "1 s E"]):
+        """The sinks through one layer: their new hidden states, and their keys and values [s, Hkv, D]."""
+        angles = rotary(self.config, sink_positions(self.layout))
+        return layer(sinks, angles, lambda q, k, v: (sink_attention(q, k, v), (k[0], v[0])))
+
+    def sink_kv(self) -> tuple[Float[Array, "L s Hkv D"], Float[Array, "L s Hkv D"]]:
+        """Keys and values of the sinks in every layer: the same for every sequence, computed once at load."""
+        _, kv = jax.lax.scan(lambda sinks, layer: self.sink_layer(layer, sinks), self.embed_sinks(), self.layers)
+        return kv
+
+    def layer(self, index: int) -> DecoderLayer:
+        """Layer `index` by itself."""
+        return jax.tree.map(lambda stacked: stacked[index], self.layers)
+
+    def logits(self, hidden: Float[Array, "B T E"]) -> Float[Array, "B T V"]:
+        """Final norm and head: float32 logits."""
+        x = self.norm(hidden)
+        head = self.embedding[...].T if self.head is None else self.head[...]
+        return jnp.einsum("bte,ev->btv", x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+@partial(jax.jit, static_argnames=("config", "layout"))
+def init_llama(config: LlamaConfig, layout: GistLayout, seed: int) -> Llama:
+    """A freshly initialised model from an integer seed."""
+    return Llama(config, layout, rngs=nnx.Rngs(params=jax.random.key(seed)))
