@@ -1,0 +1,132 @@
+"""Documents of any length into rows of one length, for one-pass training with packed documents.
+
+Every document is padded alone to whole gist units, so that no unit holds tokens of two documents. What remains at the
+end of a row is padding, a document of its own that no real token ever sees.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from jaxtyping import Bool, Int32
+
+from unigist_jax.layout import GistLayout
+
+OPEN_ROWS = 8  # rows that a document may still go to; more waste less and mix the order of documents further
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PackedRows:
+    """N rows of T raw tokens, U = T / ratio gist units each.
+
+    Attributes:
+      tokens: int32 [N, T]. The target of raw i is `tokens[:, i + 1]`.
+      doc_start: int32 [N, U], first unit of the document that holds each unit.
+      loss_mask: bool [N, T], True where raw i has a target: raw i + 1 exists, is not padding, belongs to the same
+        document, and is to be learned.
+    """
+
+    tokens: Int32[np.ndarray, "N T"]
+    doc_start: Int32[np.ndarray, "N U"]
+    loss_mask: Bool[np.ndarray, "N T"]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def pack_documents(
+    documents: Iterable[np.ndarray],
+    *,
+    row_length: int,
+    layout: GistLayout,
+    pad_id: int,
+    loss_masks: Iterable[np.ndarray] | None = None,
+) -> PackedRows:
+    """Packs documents into rows, each into the first of a few open rows with room for it.
+
+    Args:
+      documents: integer arrays [n], read once. A document longer than a row is cut into pieces, each a document of its
+        own. Empty ones are skipped.
+      row_length: `T`, a multiple of `layout.ratio`.
+      layout: gives the ratio.
+      pad_id: the id to fill with; it may not occur in a document.
+      loss_masks: for each document bool [n], True for the tokens to be learned. None: all of them.
+
+    Returns:
+      The rows, in the order in which they were begun. The same documents give the same rows.
+
+    Raises:
+      ValueError: if `row_length` is not a positive multiple of the ratio, a document is not 1-D or holds `pad_id`, a
+        mask does not have its document's length, masks and documents differ in number, or no document has a token.
+      TypeError: if a document does not hold integers.
+    """
+    if row_length < 1:
+        raise ValueError(f"row_length={row_length} must be at least one unit of ratio={layout.ratio} tokens")
+    num_units = layout.num_units(row_length)
+    rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    used: list[int] = []  # units of each row that are taken
+    open_rows: list[int] = []
+    for tokens, learned in _pieces(documents, loss_masks, row_length, pad_id):
+        needed = -(-len(tokens) // layout.ratio)
+        row = next((index for index in open_rows if used[index] + needed <= num_units), None)
+        if row is None:
+            row = len(rows)
+            rows.append(
+                (np.full(row_length, pad_id, np.int32), np.zeros(num_units, np.int32), np.zeros(row_length, bool))
+            )
+            used.append(0)
+            open_rows.append(row)
+            if len(open_rows) > OPEN_ROWS:
+                open_rows.remove(max(open_rows, key=used.__getitem__))
+        row_tokens, doc_start, loss_mask = rows[row]
+        begin = used[row] * layout.ratio
+        row_tokens[begin : begin + len(tokens)] = tokens
+        loss_mask[begin : begin + len(tokens) - 1] = learned[1:]
+        doc_start[used[row] :] = used[row]
+        used[row] += needed
+        doc_start[used[row] :] = used[row]
+    if not rows:
+        raise ValueError("there is no document with tokens to pack; check the corpus and its split")
+    return PackedRows(*(np.stack(parts) for parts in zip(*rows, strict=True)))
+
+
+def packing_report(rows: PackedRows, pad_id: int) -> dict[str, int | float]:
+    """How full rows are: `rows`, `documents` (pieces), `tokens` (without padding), `targets`, `padding_share`."""
+    real = rows.tokens != pad_id
+    num_units = rows.doc_start.shape[1]
+    real_units = real.reshape(len(rows), num_units, -1).any(axis=-1)
+    begins = rows.doc_start == np.arange(num_units)
+    return {
+        "rows": len(rows),
+        "documents": int((begins & real_units).sum()),
+        "tokens": int(real.sum()),
+        "targets": int(rows.loss_mask.sum()),
+        "padding_share": float(1 - real.mean()),
+    }
+
+
+def _pieces(
+    documents: Iterable[np.ndarray], loss_masks: Iterable[np.ndarray] | None, row_length: int, pad_id: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Checked pieces of at most `row_length` tokens, each with its mask."""
+    pairs = zip(documents, itertools.repeat(None)) if loss_masks is None else zip(documents, loss_masks, strict=True)
+    for index, (document, mask) in enumerate(pairs):
+        tokens = np.asarray(document)
+        if tokens.ndim != 1:
+            raise ValueError(f"document {index} has the shape {tokens.shape}; a document is one row of ids")
+        if not len(tokens):
+            continue
+        if not np.issubdtype(tokens.dtype, np.integer):
+            raise TypeError(f"document {index} holds {tokens.dtype}, not integers")
+        if (tokens == pad_id).any():
+            raise ValueError(f"document {index} holds pad_id={pad_id}; choose a pad_id that no document uses")
+        learned = np.ones(len(tokens), bool) if mask is None else np.asarray(mask, bool)
+        if learned.shape != tokens.shape:
+            raise ValueError(
+                f"document {index} has {len(tokens)} tokens, but its loss mask has the shape {learned.shape}"
+            )
+        for begin in range(0, len(tokens), row_length):
+            yield tokens[begin : begin + row_length], learned[begin : begin + row_length]

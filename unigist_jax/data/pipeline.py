@@ -1,0 +1,236 @@
+"""From a corpus to batches: rows of packed documents, and an order of them that needs no iterator state.
+
+The global batch of a step depends on the seed and the step alone. Training therefore resumes at any step without saved
+state, and any number of processes reads the same batches, each process its own share.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from unigist_jax.data.corpus import load_documents
+from unigist_jax.data.pack import PackedRows, pack_documents
+from unigist_jax.data.recall import RECALL_KINDS, paragraphs, recall_record
+from unigist_jax.data.tokenize import Tokenizer
+from unigist_jax.layout import GistLayout
+
+if TYPE_CHECKING:
+    import grain
+
+Batch = dict[str, np.ndarray]
+TOKENIZER_FILE = "tokenizer.model"
+
+
+class TrainData:
+    """Endless training batches, addressed by step. Every row comes once an epoch, in another order each epoch."""
+
+    def __init__(
+        self, rows: PackedRows, recall_rows: PackedRows | None, recall_weight: float, batch_size: int, seed: int
+    ):
+        """Mixes rows of text with rows of recall records.
+
+        Args:
+          rows: rows of text.
+          recall_rows: rows of recall records, of the same length, or None.
+          recall_weight: share of recall rows in the batches, 0 to 1.
+          batch_size: rows of a global batch.
+          seed: fixes the order; 0 to 2**32 - 2.
+
+        Raises:
+          ValueError: if an argument is out of range, recall rows are wanted but not given, or their length differs.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1")
+        if not 0 <= recall_weight <= 1:
+            raise ValueError(f"recall_weight={recall_weight} must lie between 0 and 1")
+        if not 0 <= seed < 2**32 - 1:
+            raise ValueError(f"seed={seed} must lie between 0 and 2**32 - 2")
+        if recall_weight > 0 and recall_rows is None:
+            raise ValueError(f"recall_weight={recall_weight} needs recall_rows; make some, or set recall_weight to 0")
+        if recall_rows is not None and recall_rows.tokens.shape[1] != rows.tokens.shape[1]:
+            raise ValueError(
+                f"recall rows of {recall_rows.tokens.shape[1]} tokens do not mix with rows of {rows.tokens.shape[1]}; "
+                "prepare both with the same row_length"
+            )
+        self.batch_size = batch_size
+        self._rows = rows
+        self._recall_rows = recall_rows
+        self._order = _row_order(len(rows), len(recall_rows or ()), recall_weight, seed).batch(batch_size)
+
+    def batch(self, step: int) -> Batch:
+        """The global batch of `step` (from 0): tokens int32 [B, T], doc_start int32 [B, U], loss_mask bool [B, T]."""
+        return self.local_batch(step, 0, 1)
+
+    def local_batch(self, step: int, process_index: int, process_count: int) -> Batch:
+        """The rows of that batch which belong to one process: `B / process_count` consecutive ones.
+
+        Raises:
+          ValueError: if the step is negative, there is no such process, or the batch does not divide among them.
+        """
+        if step < 0:
+            raise ValueError(f"step={step} must not be negative")
+        if not 0 <= process_index < process_count:
+            raise ValueError(f"process_index={process_index} is not one of {process_count} processes")
+        if self.batch_size % process_count:
+            raise ValueError(f"batch_size={self.batch_size} does not divide among {process_count} processes")
+        share = self.batch_size // process_count
+        chosen = self._order[step][process_index * share : (process_index + 1) * share]
+        return self._gather(chosen)
+
+    def _gather(self, chosen: np.ndarray) -> Batch:
+        """Rows by number: text rows first, recall rows after them."""
+        is_recall = chosen >= len(self._rows)
+        batch = {}
+        for name in ("tokens", "doc_start", "loss_mask"):
+            text = getattr(self._rows, name)
+            batch[name] = text[np.where(is_recall, 0, chosen)]
+            if self._recall_rows is not None:
+                recall = getattr(self._recall_rows, name)
+                batch[name][is_recall] = recall[chosen[is_recall] - len(text)]
+        return batch
+
+
+def _row_order(num_rows: int, num_recall_rows: int, recall_weight: float, seed: int) -> grain.MapDataset:
+    """The endless, shuffled order of row numbers, as a `grain.MapDataset` of ints."""
+    import grain
+
+    text = grain.MapDataset.source(np.arange(num_rows)).shuffle(seed=seed).repeat()
+    if recall_weight == 0:
+        return text
+    recall = grain.MapDataset.source(num_rows + np.arange(num_recall_rows)).shuffle(seed=seed + 1).repeat()
+    if recall_weight == 1:
+        return recall
+    return grain.MapDataset.mix([text, recall], weights=[1 - recall_weight, recall_weight])
+
+
+def eval_batches(rows: PackedRows, batch_size: int) -> Iterator[Batch]:
+    """All rows once, in order; the last batch is filled up with rows whose loss mask is False throughout."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    for begin in range(0, len(rows), batch_size):
+        chosen = np.arange(begin, begin + batch_size)
+        exists = chosen < len(rows)
+        chosen = np.where(exists, chosen, 0)
+        yield {
+            "tokens": rows.tokens[chosen],
+            "doc_start": rows.doc_start[chosen],
+            "loss_mask": rows.loss_mask[chosen] & exists[:, None],
+        }
+
+
+# --- rows ----------------------------------------------------------------------------------------------------------
+
+
+def load_or_train_tokenizer(
+    workdir: str | os.PathLike[str],
+    source: str,
+    vocab_size: int,
+    *,
+    heldout_fraction: float = 0.05,
+    max_documents: int = 0,
+) -> Tokenizer:
+    """The tokenizer of a work directory; the first call trains it on the training split of `source` and keeps it there.
+
+    Raises:
+      ValueError: if the kept tokenizer has another `vocab_size` or is damaged; and whatever `load_documents` and
+        `Tokenizer.train` raise.
+    """
+    path = Path(workdir) / TOKENIZER_FILE
+    if not path.exists():
+        documents = load_documents(
+            source, split="train", heldout_fraction=heldout_fraction, max_documents=max_documents
+        )
+        return Tokenizer.train(documents["text"], vocab_size, path)
+    tokenizer = Tokenizer.load(path)
+    if tokenizer.vocab_size != vocab_size:
+        raise ValueError(
+            f"the tokenizer at {path} has vocab_size={tokenizer.vocab_size}, not {vocab_size}; "
+            "use that size, delete the file, or choose another work directory"
+        )
+    return tokenizer
+
+
+def prepare_rows(
+    *,
+    source: str,
+    split: str,
+    tokenizer: Tokenizer,
+    layout: GistLayout,
+    row_length: int,
+    heldout_fraction: float,
+    max_documents: int = 0,
+) -> PackedRows:
+    """The documents of one split as rows, each document between `bos_id` and `eos_id`.
+
+    Args:
+      source, split, heldout_fraction, max_documents: as for `load_documents`.
+      tokenizer, layout, row_length: as for `pack_documents`.
+
+    Raises:
+      Whatever `load_documents` and `pack_documents` raise.
+    """
+    layout.num_units(row_length)
+    documents = load_documents(source, split=split, heldout_fraction=heldout_fraction, max_documents=max_documents)
+    encoded = (tokenizer.encode(text, bos=True, eos=True) for text in documents["text"])
+    return pack_documents(encoded, row_length=row_length, layout=layout, pad_id=tokenizer.pad_id)
+
+
+def prepare_recall_rows(
+    *,
+    tokenizer: Tokenizer,
+    layout: GistLayout,
+    row_length: int,
+    num_records: int,
+    seed: int,
+    kinds: Sequence[str] = RECALL_KINDS,
+    filler: Sequence[str] = (),
+    answer_loss_only: bool = False,
+    digits: int = 7,
+    key_style: str = "word",
+    value_style: str = "numbers",
+) -> PackedRows:
+    """Recall records as rows, each record nearly filling one: `bos_id`, context, question, answer, `eos_id`.
+
+    Record i depends on the seed, i and the options, not on `num_records`; the kinds take turns. Context, question and
+    answer are tokenised one by one, as at inference, where the context comes before the question is known.
+
+    Args:
+      tokenizer, layout, row_length: as for `pack_documents`.
+      num_records: number of records.
+      seed: fixes the records.
+      kinds: kinds of records, of `RECALL_KINDS`.
+      filler: texts whose paragraphs the needles are hidden in; none hides each needle among others.
+      answer_loss_only: learn the answer and `eos_id` only, not the context and the question.
+      digits, key_style, value_style: as for `needle_record`, for both kinds.
+
+    Raises:
+      ValueError: if `num_records` or `kinds` is empty, or `row_length` is too short for a record or not whole units.
+    """
+    layout.num_units(row_length)
+    if num_records < 1 or not kinds:
+        raise ValueError(
+            f"num_records={num_records} of kinds={tuple(kinds)} is nothing; ask for one record of one kind at least"
+        )
+    haystack = paragraphs(filler)
+    documents, masks = [], []
+    for index in range(num_records):
+        record = recall_record(
+            kinds[index % len(kinds)],
+            np.random.default_rng([seed, index]),
+            num_tokens=row_length - 2,
+            count_tokens=lambda text: len(tokenizer.encode(text)),
+            filler=haystack,
+            digits=digits,
+            key_style=key_style,
+            value_style=value_style,
+        )
+        prompt = [tokenizer.encode(record.context, bos=True), tokenizer.encode(record.question)]
+        answer = tokenizer.encode(record.answer, eos=True)
+        documents.append(np.concatenate([*prompt, answer]))
+        masks.append(np.arange(len(documents[-1])) >= (len(documents[-1]) - len(answer) if answer_loss_only else 0))
+    return pack_documents(documents, row_length=row_length, layout=layout, pad_id=tokenizer.pad_id, loss_masks=masks)
