@@ -39,7 +39,7 @@ class KeySource(NamedTuple):
 
 class BlockSizes(NamedTuple):
     q: int = 128
-    k: int = 256
+    k: int = 128
 
 
 def interval_attention(

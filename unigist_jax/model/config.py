@@ -27,7 +27,7 @@ class LlamaConfig:
 
     Attributes:
       vocab_size, hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads, head_dim: sizes; `num_heads` is a
-        multiple of `num_kv_heads`, `head_dim` is even.
+        multiple of `num_kv_heads`, `head_dim` is even. A vocabulary of 0 is still to be fixed, by a tokenizer.
       rope_theta, rope_scaling: rotary base, and llama3 scaling or None.
       max_position_embeddings: longest context the weights were made for; carried to and from HF, no bound here.
       rms_norm_eps: epsilon of RMSNorm.
@@ -62,7 +62,9 @@ class LlamaConfig:
     gist_init_scale: float = 0.02
 
     def __post_init__(self):
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
+        if self.vocab_size < 0:
+            raise ValueError(f"LlamaConfig.vocab_size={self.vocab_size} must be at least 0 (0: by the tokenizer)")
+        for name in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"LlamaConfig.{name}={getattr(self, name)} must be at least 1")
         if self.num_heads % self.num_kv_heads:

@@ -181,6 +181,6 @@ class Llama(nnx.Module):
 
 
 @partial(jax.jit, static_argnames=("config", "layout"))
-def init_llama(config: LlamaConfig, layout: GistLayout, seed: int) -> Llama:
+def init_llama(config: LlamaConfig, layout: GistLayout, seed: int | Int[Array, ""]) -> Llama:
     """A freshly initialised model from an integer seed."""
     return Llama(config, layout, rngs=nnx.Rngs(params=jax.random.key(seed)))

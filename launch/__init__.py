@@ -1,0 +1,1 @@
+"""Commands: `python -m launch.NAME --help`. Flags and wiring only; the work is in `unigist_jax`."""

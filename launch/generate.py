@@ -1,0 +1,77 @@
+"""Continues a prompt from the compressed cache, token by token, and tells what the cache holds.
+
+  python -m launch.generate --workdir=runs/tiny --prompt="def main(argv):" --max_new_tokens=100
+  python -m launch.generate --workdir=runs/tiny --prompt_file=long.py --temperature=0.8 --top_p=0.95
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from absl import flags
+
+from launch.flags import define_workdir, run_main
+from unigist_jax.data import StreamDecoder, Tokenizer
+from unigist_jax.data.pipeline import TOKENIZER_FILE
+from unigist_jax.inference import Sampling, full_cache_bytes, generate
+from unigist_jax.training.checkpoint import load_trained
+
+_WORKDIR = define_workdir()
+_PROMPT = flags.DEFINE_multi_string("prompt", None, "text to continue; give it again for a batch of prompts")
+_PROMPT_FILE = flags.DEFINE_multi_string("prompt_file", None, "file whose text to continue; likewise")
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "tokens to generate", lower_bound=1)
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0: the most likely token each time")
+_TOP_K = flags.DEFINE_integer("top_k", 0, "sample among the k most likely tokens; 0: among all")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "sample among the fewest tokens of this total probability")
+_SEED = flags.DEFINE_integer("seed", 0, "seed of the sampling")
+_STOP_TOKENS = flags.DEFINE_multi_integer("stop_token", None, "token id that ends a text, beside the end of text")
+_CHUNK_SIZE = flags.DEFINE_integer("chunk_size", None, "raws of a prefill chunk, a multiple of the ratio")
+_CAPACITY = flags.DEFINE_integer("capacity", None, "raws that the cache can hold (default: what this call needs)")
+_METHOD = flags.DEFINE_string("method", None, "unigist or full (default: as the run was trained)")
+
+
+def main(_: list[str]) -> None:
+    texts = list(_PROMPT.value or [])
+    texts += [Path(name).read_text() for name in _PROMPT_FILE.value or []]
+    if not texts:
+        raise ValueError("nothing to continue; give --prompt or --prompt_file")
+    sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
+    _, model, step = load_trained(_WORKDIR.value)
+    tokenizer = Tokenizer.load(Path(_WORKDIR.value) / TOKENIZER_FILE)
+    prompts = [tokenizer.encode(text, bos=True).tolist() for text in texts]
+    decoders = [StreamDecoder(tokenizer) for _ in prompts]
+
+    def show(sequence: int, token: int) -> None:
+        if len(prompts) == 1:
+            print(decoders[0].push(token), end="", flush=True)
+
+    result = generate(
+        model,
+        prompts,
+        max_new_tokens=_MAX_NEW_TOKENS.value,
+        sampling=sampling,
+        stop_tokens=[tokenizer.eos_id, *(_STOP_TOKENS.value or [])],
+        seed=_SEED.value,
+        chunk_size=_CHUNK_SIZE.value,
+        capacity=_CAPACITY.value,
+        method=_METHOD.value,
+        on_token=show,
+    )
+    if len(prompts) == 1:
+        print(decoders[0].flush())
+    else:
+        for text, tokens in zip(texts, result.tokens, strict=True):
+            print(f"--- {text[-60:]!r} continues\n{tokenizer.decode(tokens)}")
+
+    capacity = result.cache.capacity
+    full = full_cache_bytes(model.config, capacity, len(prompts))
+    print(
+        f"\n[step {step}; prompts of {', '.join(str(len(p)) for p in prompts)} tokens, "
+        f"{sum(map(len, result.tokens))} generated]\n"
+        f"[KV cache for {capacity} tokens a sequence: {result.cache.nbytes:,} bytes; "
+        f"full attention would hold {full:,} ({full / result.cache.nbytes:.2f}x)]"
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,59 @@
+"""Trains a model with gists.
+
+  python -m launch.train --config=configs/tiny.py --workdir=runs/tiny --config.train.steps=100
+
+Run the same command again to resume from the latest checkpoint. Several processes: start it in each with
+--coordinator_address, --num_processes and --process_id (under Slurm's srun these are found by themselves).
+"""
+
+from __future__ import annotations
+
+import os
+
+import jax
+from absl import flags, logging
+from ml_collections import config_flags
+
+from launch.flags import run_main
+from unigist_jax.config import RunConfig
+from unigist_jax.training.loop import train
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config()", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run: config, tokenizer, metrics, checkpoints")
+_INIT_FROM = flags.DEFINE_string("init_from", None, "HF Llama checkpoint directory to begin with (default: random)")
+_STOP_AT_STEP = flags.DEFINE_integer("stop_at_step", None, "save and end after this step, to go on later", lower_bound=1)
+_TENSORBOARD = flags.DEFINE_bool("tensorboard", True, "write TensorBoard events too, if tensorboardX is installed")
+_PROGRESS = flags.DEFINE_bool("progress", True, "show a progress bar")
+_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0, for several processes")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "processes of this run", lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "number of this process, from 0", lower_bound=0)
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+@flags.multi_flags_validator(
+    ["coordinator_address", "num_processes", "process_id"],
+    "--coordinator_address, --num_processes and --process_id go together",
+)
+def _all_or_none(values) -> bool:
+    return len({value is None for value in values.values()}) == 1
+
+
+def main(_: list[str]) -> None:
+    run = RunConfig.from_dict(_CONFIG.value.to_dict())
+    if _COORDINATOR.value:
+        jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        jax.distributed.initialize()
+    logging.info("%d processes, devices %s", jax.process_count(), jax.devices())
+    train(
+        run,
+        _WORKDIR.value,
+        init_from=_INIT_FROM.value,
+        stop_at_step=_STOP_AT_STEP.value,
+        tensorboard=_TENSORBOARD.value,
+        progress=_PROGRESS.value,
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)

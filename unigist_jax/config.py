@@ -1,0 +1,212 @@
+"""The run config: what `configs/*.py` may set, its defaults, and its checks.
+
+A config file returns an `ml_collections.ConfigDict` from `get_config()`, usually `default_config()` with a few fields
+changed. `RunConfig.from_dict` turns it into frozen dataclasses, and that is where every value is checked, before any work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from unigist_jax.layout import GistLayout
+from unigist_jax.model import LlamaConfig, RopeScaling
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where tokens come from.
+
+    Attributes:
+      source: "stdlib" (the Python standard library's sources), or comma-separated .txt, .jsonl, .parquet files, folders
+        or globs.
+      tokenizer: a sentencepiece model file; empty: one of `vocab_size` pieces is trained and kept in the work directory.
+      vocab_size: pieces of that tokenizer.
+      row_length: raws of a packed row, a multiple of the ratio.
+      heldout_fraction: share of the documents kept out of training, for evaluation.
+      max_documents: reads only so many; 0 reads all.
+      recall_weight: share of the rows that are synthetic recall records, 0 to 1.
+      recall_records: how many of those to make.
+      recall_kinds: comma-separated kinds (`unigist_jax.data.recall.RECALL_KINDS`).
+      recall_digits: digits of a needle's value.
+      recall_answer_only: takes the loss of recall rows on the answer alone.
+    """
+
+    source: str = "stdlib"
+    tokenizer: str = ""
+    vocab_size: int = 2048
+    row_length: int = 512
+    heldout_fraction: float = 0.05
+    max_documents: int = 0
+    recall_weight: float = 0.0
+    recall_records: int = 2048
+    recall_kinds: str = "needle"
+    recall_digits: int = 7
+    recall_answer_only: bool = False
+
+    def __post_init__(self):
+        _require(bool(self.source), "data.source is empty; give 'stdlib' or paths of text files")
+        _require(self.row_length > 0, f"data.row_length={self.row_length} must be positive")
+        _require(0 < self.heldout_fraction < 1, f"data.heldout_fraction={self.heldout_fraction} must be between 0 and 1")
+        _require(0 <= self.recall_weight <= 1, f"data.recall_weight={self.recall_weight} must be between 0 and 1")
+        _require(self.max_documents >= 0, f"data.max_documents={self.max_documents} must be at least 0 (0 reads all)")
+        _require(self.recall_digits > 0, f"data.recall_digits={self.recall_digits} must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with linear warm-up from 0 and a cosine to `final_fraction` of the peak (paper: 1e-5, 256 steps, 0.5)."""
+
+    peak_lr: float = 1e-3
+    warmup_steps: int = 20
+    final_fraction: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+    def __post_init__(self):
+        _require(self.peak_lr > 0, f"optim.peak_lr={self.peak_lr} must be positive")
+        _require(self.warmup_steps >= 0, f"optim.warmup_steps={self.warmup_steps} must be at least 0")
+        _require(0 <= self.final_fraction <= 1, f"optim.final_fraction={self.final_fraction} must be between 0 and 1")
+        _require(self.clip_norm > 0, f"optim.clip_norm={self.clip_norm} must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The loop: how long, how often. `batch_size` is in rows, over all processes; `loss_chunk` in raws a row."""
+
+    steps: int = 100
+    batch_size: int = 8
+    seed: int = 0
+    log_every: int = 1
+    eval_every: int = 50
+    eval_rows: int = 64
+    checkpoint_every: int = 50
+    keep_checkpoints: int = 2
+    loss_chunk: int = 512
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "log_every", "eval_rows", "checkpoint_every", "keep_checkpoints", "loss_chunk"):
+            _require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be at least 1")
+        _require(self.eval_every >= 0, f"train.eval_every={self.eval_every} must be at least 0 (0 never evaluates)")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; one may be -1 for all that are left (`unigist_jax.sharding`)."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+_TINY = dict(vocab_size=0, hidden_size=128, intermediate_size=352, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """One run. `model.vocab_size=0` takes the tokenizer's size (`with_vocab_size`)."""
+
+    model: LlamaConfig
+    gist: GistLayout
+    data: DataConfig
+    optim: OptimConfig
+    train: TrainConfig
+    mesh: MeshConfig
+
+    def __post_init__(self):
+        self.gist.num_units(self.data.row_length)
+        tensor = self.mesh.tensor
+        _require(
+            tensor < 1 or self.model.num_kv_heads % tensor == 0,
+            f"mesh.tensor={tensor} does not divide model.num_kv_heads={self.model.num_kv_heads}",
+        )
+        rows = self.mesh.data * self.mesh.fsdp
+        _require(
+            rows < 1 or self.train.batch_size % rows == 0,
+            f"train.batch_size={self.train.batch_size} is not a multiple of mesh data * fsdp = {rows}",
+        )
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> RunConfig:
+        """Checks a (nested) config and freezes it. Raises ValueError for unknown fields and bad values, by name."""
+        sections = {f.name: _SECTIONS[f.name] for f in dataclasses.fields(cls)}
+        _check_fields("", config, set(sections))
+        return cls(**{name: _build(name, kind, config[name]) for name, kind in sections.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dicts, for JSON; the inverse of `from_dict`."""
+        return dataclasses.asdict(self)
+
+    def with_vocab_size(self, vocab_size: int) -> RunConfig:
+        """The run with the model's vocabulary fixed. Raises ValueError if the config asks for a smaller one."""
+        asked = self.model.vocab_size
+        _require(
+            asked == 0 or asked >= vocab_size,
+            f"model.vocab_size={asked} is smaller than the tokenizer's {vocab_size}; set it to 0 to take that",
+        )
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, vocab_size=asked or vocab_size))
+
+
+_SECTIONS = {
+    "model": LlamaConfig,
+    "gist": GistLayout,
+    "data": DataConfig,
+    "optim": OptimConfig,
+    "train": TrainConfig,
+    "mesh": MeshConfig,
+}
+
+
+def default_config() -> Any:
+    """The default config as an `ml_collections.ConfigDict`: a tiny model on the standard library's sources."""
+    from ml_collections import ConfigDict
+
+    defaults = {f.name: f.default for f in dataclasses.fields(LlamaConfig) if f.default is not dataclasses.MISSING}
+    config = {
+        "model": {**defaults, **_TINY},
+        "gist": dataclasses.asdict(GistLayout()),
+        "data": dataclasses.asdict(DataConfig()),
+        "optim": dataclasses.asdict(OptimConfig()),
+        "train": dataclasses.asdict(TrainConfig()),
+        "mesh": dataclasses.asdict(MeshConfig()),
+    }
+    return ConfigDict(config)
+
+
+def config_differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """`section.field: old -> new` for every field in which two nested configs differ."""
+    lines = []
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            lines += config_differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            lines.append(f"{prefix}{key}: {a!r} -> {b!r}")
+    return lines
+
+
+def _build(section: str, kind: type, values: Mapping[str, Any]):
+    values = dict(values)
+    _check_fields(section, values, {f.name for f in dataclasses.fields(kind)})
+    if values.get("rope_scaling") is not None:
+        values["rope_scaling"] = _build(f"{section}.rope_scaling", RopeScaling, values["rope_scaling"])
+    return kind(**values)
+
+
+def _check_fields(section: str, values: Mapping[str, Any], known: set[str]) -> None:
+    for name in values:
+        if name not in known:
+            close = difflib.get_close_matches(name, sorted(known), 1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; the fields are {sorted(known)}"
+            where = f" in {section!r}" if section else ""
+            raise ValueError(f"unknown config field {name!r}{where}{hint}")

@@ -1,0 +1,1 @@
+"""Evaluation: perplexity (packed, and by position), recall, and their plots."""

@@ -1,0 +1,66 @@
+"""Plots of runs and evaluations, PNG files through matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def _figure(title: str, xlabel: str, ylabel: str):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def plot_loss(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Training and held-out loss by step, from the lines of metrics.jsonl."""
+    figure, axes = _figure("Loss", "step", "nats per token")
+    for key, label, style in (("loss", "training", "-"), ("heldout_loss", "held-out", "o-")):
+        points = [(line["step"], line[key]) for line in metrics if key in line]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1)
+    axes.legend()
+    figure.savefig(path)
+
+
+def plot_by_position(curves: Mapping[str, Mapping[str, Sequence[float]]], chunk_size: int | None, path: Path) -> None:
+    """Perplexity by position, one curve a name (`perplexity.bucketed`), with chunk borders marked."""
+    figure, axes = _figure("Held-out perplexity by position", "position in the document (tokens)", "perplexity")
+    last = 0.0
+    for name, curve in curves.items():
+        axes.plot(curve["position"], curve["perplexity"], label=name, linewidth=1.2)
+        last = max(last, *curve["position"])
+    if chunk_size:
+        for index, border in enumerate(range(chunk_size, int(last) + 1, chunk_size)):
+            axes.axvline(border, color="gray", linestyle=":", linewidth=0.8, label="" if index else "chunk border")
+    axes.set_yscale("log")
+    axes.legend()
+    figure.savefig(path)
+
+
+def plot_recall(summaries: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Recall by depth: share of whole answers found (solid) and of answer tokens right (dashed), one colour a name."""
+    figure, axes = _figure("Recall by depth of the fact", "depth (0: beginning of the context)", "share right")
+    for index, (name, summary) in enumerate(summaries.items()):
+        buckets = [bucket for bucket in summary["by_depth"] if bucket["samples"]]
+        depths = [bucket["depth"] for bucket in buckets]
+        axes.plot(depths, [b["accuracy"] for b in buckets], f"C{index}o-", label=f"{name}, whole answers")
+        axes.plot(depths, [b["token_accuracy"] for b in buckets], f"C{index}x--", label=f"{name}, answer tokens")
+    axes.set_ylim(-0.03, 1.03)
+    axes.legend()
+    figure.savefig(path)
+
+
+def plot_cache_bytes(curves: Mapping[str, tuple[Sequence[int], Sequence[int]]], path: Path) -> None:
+    """KV cache bytes against tokens, one curve a name."""
+    figure, axes = _figure("KV cache of one sequence", "tokens", "MiB")
+    for name, (tokens, sizes) in curves.items():
+        axes.plot(tokens, [size / 2**20 for size in sizes], label=name)
+    axes.legend()
+    figure.savefig(path)

@@ -1,0 +1,32 @@
+"""Every method of the comparison behind one interface: how a prompt is read, and how a token is decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from unigist_jax.baselines import full_attention
+from unigist_jax.inference import decode, prefill
+from unigist_jax.model import Llama
+
+
+class Method(NamedTuple):
+    """A method: `prefill(model, prompts, *, capacity, chunk_size, layout)` and `decode_logits(model, cache, tokens)`."""
+
+    prefill: Callable
+    decode_logits: Callable
+
+
+METHODS = {
+    "unigist": Method(prefill.prefill, decode.decode_logits),
+    "full": Method(full_attention.prefill, full_attention.decode_logits),
+}
+
+
+def get_method(name: str | None, model: Llama) -> Method:
+    """The method of that name; None: the one that the model's `attention` trains. Raises ValueError if unknown."""
+    if name is None:
+        name = "full" if model.config.attention == "full" else "unigist"
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; choose one of {sorted(METHODS)}")
+    return METHODS[name]

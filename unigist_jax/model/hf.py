@@ -1,0 +1,362 @@
+"""Weights in and out of Hugging Face directories: config.json and safetensors, whole or in shards.
+
+Reading is lazy: every file is opened and every name, shape and dtype checked before the first weight is read, and then
+each device reads its own shard only. Names and layouts of the tensors are in `hf_weights.py`, config.json is in
+`hf_config.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from unigist_jax.layout import GistLayout
+from unigist_jax.model.config import LlamaConfig
+from unigist_jax.model.hf_config import config_from_hf, config_to_hf, layout_from_hf
+from unigist_jax.model.hf_weights import GIST_PARAMETERS, HF_WEIGHTS, is_stacked, names_and_shape
+from unigist_jax.model.llama import Llama
+from unigist_jax.sharding import parameter_path, tree_shardings
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+_WEIGHT_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+_HARMLESS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+_READABLE = ("F64", "F32", "BF16", "F16")
+_SHOWN = 4  # tensor names in an error message
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        contents = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON ({error}): download or copy it again") from error
+    if not isinstance(contents, dict):
+        raise ValueError(f"{file} holds a {type(contents).__name__}, not an object: download or copy it again")
+    return contents
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint. Raises FileNotFoundError naming one that is absent."""
+    if (directory / WEIGHTS_FILE).is_file():
+        return [directory / WEIGHTS_FILE]
+    index = directory / INDEX_FILE
+    if not index.is_file():
+        raise FileNotFoundError(
+            f"{directory} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}: download the safetensors files of the model "
+            "into it (other formats, such as pytorch_model.bin, are not read)"
+        )
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{index} has no weight_map: download or copy it again")
+    files = [directory / name for name in sorted(set(weight_map.values()))]
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is absent, but {index.name} names it: download or copy that shard too")
+    return files
+
+
+def _open_tensors(files: list[Path], stack: contextlib.ExitStack) -> dict[str, tuple[Path, Any]]:
+    """File and unread safetensors slice of every tensor. Raises ValueError naming a damaged file."""
+    tensors = {}
+    for file in files:
+        try:
+            handle = stack.enter_context(safe_open(file, framework="numpy"))
+        except SafetensorError as error:
+            raise ValueError(f"{file} is truncated or damaged ({error}): download or copy it again") from error
+        tensors |= {name: (file, handle.get_slice(name)) for name in handle.keys()}  # noqa: SIM118 - not a mapping
+    return tensors
+
+
+def _checked_tensors(
+    tensors: dict[str, tuple[Path, Any]], expected: dict[str, tuple[int, ...]], directory: Path, tied: bool
+) -> None:
+    """Raises ValueError unless the tensors are the expected ones, of the expected shapes and of a floating dtype."""
+    missing = [name for name in expected if name not in tensors]
+    if missing:
+        remedy = "download the whole checkpoint, with the config.json that belongs to it"
+        if missing == [HF_WEIGHTS["head"].name]:
+            remedy = 'if the head shares the embedding, set "tie_word_embeddings": true in config.json'
+        elif all(name.startswith("unigist.") for name in missing):
+            remedy = 'restore them, or drop "unigist" from config.json and both tensors to start from new gists'
+        raise ValueError(f"{directory} lacks {_listing(missing)}: {remedy}")
+    extra = [name for name in tensors if name not in expected]
+    harmless = [name for name in extra if _HARMLESS.fullmatch(name) or (tied and name == HF_WEIGHTS["head"].name)]
+    if harmless:
+        logging.warning("%s: ignoring %s, which the model computes or ties", directory, _listing(harmless))
+    if len(extra) > len(harmless):
+        unknown = [name for name in extra if name not in harmless]
+        raise ValueError(
+            f"{directory} holds {_listing(unknown)}, for which a Llama of this config.json has no place: "
+            "take the config.json that belongs to the weights"
+        )
+    for name, shape in expected.items():
+        file, stored = tensors[name]
+        if tuple(stored.get_shape()) != shape:
+            raise ValueError(
+                f"{file}: {name} has shape {tuple(stored.get_shape())}, but config.json makes it {shape}: "
+                "take the config.json that belongs to the weights"
+            )
+        if stored.get_dtype() not in _READABLE:
+            raise ValueError(
+                f"{file}: {name} is of dtype {stored.get_dtype()}: load a checkpoint in float32, bfloat16 or float16"
+            )
+
+
+def _listing(names: list[str]) -> str:
+    shown = ", ".join(names[:_SHOWN])
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{len(names)} tensor{'s' * (len(names) > 1)} {shown}{more}"
+
+
+def _array(
+    shape: tuple[int, ...], sharding: NamedSharding | None, read: Callable[[tuple[slice, ...]], np.ndarray]
+) -> jax.Array:
+    """An array whose shards are `read(index)`, each read once here; without sharding, on the default device."""
+    blocks: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+
+    def block(index: tuple[slice, ...]) -> np.ndarray:
+        bounds = tuple(i.indices(n)[:2] for i, n in zip(index, shape, strict=True))
+        if bounds not in blocks:
+            blocks[bounds] = read(tuple(slice(*bound) for bound in bounds))
+        return blocks[bounds]
+
+    if sharding is None:
+        return jnp.asarray(block((slice(None),) * len(shape)))
+    return jax.make_array_from_callback(shape, sharding, block)
+
+
+def _stored_parameter(path: str, leaf: Any, tensors: dict[str, tuple[Path, Any]], index: tuple[slice, ...]):
+    """`parameter[index]` from the files, of the leaf's dtype."""
+    weight = HF_WEIGHTS[path]
+    names, shape = names_and_shape(path, leaf.shape)
+    parts = [tensors[name][1] for name in names]
+    if not is_stacked(path):
+        return weight.read(parts[0], shape, index).astype(leaf.dtype)
+    layers, index = parts[index[0]], index[1:]
+    out = np.empty((len(layers), *(i.stop - i.start for i in index)), leaf.dtype)
+    for layer, stored in enumerate(layers):
+        out[layer] = weight.read(stored, shape, index)
+    return out
+
+
+def _new_parameter(path: str, leaf: Any, config: LlamaConfig, seed: int, index: tuple[slice, ...]) -> np.ndarray:
+    """`parameter[index]` of a gist or sink embedding drawn from the seed."""
+    key = jax.random.fold_in(jax.random.key(seed), GIST_PARAMETERS.index(path))
+    return np.asarray(config.gist_init_scale * jax.random.normal(key, leaf.shape)).astype(leaf.dtype)[index]
+
+
+def _checked_layout(directory: Path, hf: dict[str, Any], layout: GistLayout | None) -> GistLayout:
+    """The layout asked for, or the checkpoint's own. Raises ValueError if there is none, or it has other sinks."""
+    stored = layout_from_hf(hf)
+    if layout is None:
+        if stored is None:
+            raise ValueError(
+                f"{directory} is a plain Llama checkpoint (its config.json has no unigist entry): say which layout to "
+                "give it, as in load_hf(directory, GistLayout(ratio=4, num_sinks=128, window=128))"
+            )
+        return stored
+    if stored is not None and stored.num_sinks != layout.num_sinks:
+        raise ValueError(
+            f"num_sinks={layout.num_sinks} asked for, but {directory} holds {stored.num_sinks} trained sinks: ask for "
+            f"num_sinks={stored.num_sinks} (another ratio or window is fine)"
+        )
+    return layout
+
+
+def load_hf(
+    directory: str | os.PathLike,
+    layout: GistLayout | None = None,
+    *,
+    mesh: Mesh | None = None,
+    seed: int = 0,
+    **overrides: Any,
+) -> Llama:
+    """A model from a local Hugging Face directory: config.json, and model.safetensors or its shards with their index.
+
+    Args:
+      directory: a Llama checkpoint, plain or written by `save_hf`.
+      layout: layout of the model; None takes the one in config.json. A plain checkpoint has none and needs it given;
+        for one with gists it may have another ratio or window, not other sinks.
+      mesh: shards parameters over the mesh by `unigist_jax.sharding.PARAMETER_AXES`, each device reading its own part;
+        None puts them on the default device.
+      seed: of the gist and sink embeddings of a plain checkpoint, normal with `gist_init_scale`.
+      **overrides: fields of `LlamaConfig`, such as `param_dtype`, `dtype`, `attention`, `remat`. Unless overridden,
+        parameters and computation have the checkpoint's dtype.
+
+    Raises:
+      FileNotFoundError: if config.json, the weights or a shard that the index names is absent.
+      ValueError: for an unsupported model, a damaged file, missing, unknown or misshapen tensors, or a layout that is
+        absent or has other sinks; before any weight is read, and naming the file and the remedy.
+    """
+    directory = Path(directory)
+    if not (directory / CONFIG_FILE).is_file():
+        raise FileNotFoundError(
+            f"{directory / CONFIG_FILE} is absent: give a local directory with the config.json and the safetensors "
+            "files of a Llama model"
+        )
+    hf = _read_json(directory / CONFIG_FILE)
+    config = config_from_hf(hf, **overrides)
+    layout = _checked_layout(directory, hf, layout)
+    abstract = jax.eval_shape(lambda: Llama(config, layout, rngs=nnx.Rngs(params=0)))
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract)
+    parameters = {parameter_path(path): leaf for path, leaf in leaves}
+    shardings = [None] * len(leaves) if mesh is None else jax.tree.leaves(tree_shardings(mesh, abstract))
+
+    with contextlib.ExitStack() as stack:
+        tensors = _open_tensors(_weight_files(directory), stack)
+        has_gists = hf.get("unigist") is not None or any(HF_WEIGHTS[path].name in tensors for path in GIST_PARAMETERS)
+        new = () if has_gists else GIST_PARAMETERS
+        expected = {}
+        for path, leaf in parameters.items():
+            if path not in new:
+                names, shape = names_and_shape(path, leaf.shape)
+                expected |= dict.fromkeys(names, HF_WEIGHTS[path].hf_shape(shape))
+        _checked_tensors(tensors, expected, directory, config.tie_embeddings)
+        arrays = []
+        for (path, leaf), sharding in zip(parameters.items(), shardings, strict=True):
+            if path in new:
+                read = partial(_new_parameter, path, leaf, config, seed)
+            else:
+                read = partial(_stored_parameter, path, leaf, tensors)
+            arrays.append(_array(leaf.shape, sharding, read))
+    return jax.tree.unflatten(treedef, arrays)
+
+
+# --- writing ------------------------------------------------------------------------------------------------------
+
+
+class _Tensor(NamedTuple):
+    """One tensor to write, of a parameter and, if stacked, one of its layers."""
+
+    name: str
+    path: str
+    layer: int | None
+    num_bytes: int
+
+
+def _tensors_to_write(parameters: dict[str, jax.Array], num_layers: int) -> Iterator[_Tensor]:
+    """Every tensor, layer by layer, with the embedding in front and norm, head, gists and sinks behind."""
+
+    def tensor(path, layer=None):
+        array = parameters[path]
+        num_bytes = array.nbytes if layer is None else array.nbytes // num_layers
+        return _Tensor(HF_WEIGHTS[path].name.format(layer), path, layer, num_bytes)
+
+    single = [path for path in HF_WEIGHTS if path in parameters and not is_stacked(path)]
+    yield tensor(single[0])
+    for layer in range(num_layers):
+        yield from (tensor(path, layer) for path in HF_WEIGHTS if is_stacked(path))
+    yield from map(tensor, single[1:])
+
+
+def _split_into_files(tensors: list[_Tensor], max_bytes: int) -> dict[str, list[_Tensor]]:
+    """The tensors of each file, in order, filling files up to `max_bytes` (a tensor beyond that gets its own)."""
+    shards: list[list[_Tensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.num_bytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.num_bytes
+    if len(shards) == 1:
+        return {WEIGHTS_FILE: shards[0]}
+    return {f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards)}
+
+
+def save_hf(
+    model: Llama,
+    directory: str | os.PathLike,
+    *,
+    max_shard_bytes: int = 5_000_000_000,
+    tokenizer_file: str | os.PathLike | None = None,
+) -> None:
+    """Writes a model as a Hugging Face directory, which `load_hf` reads back to the bit and transformers loads.
+
+    Everything is written under temporary names, then renamed, config.json last: an interrupted save leaves either what
+    was there or a directory without config.json, which `load_hf` refuses. Weights that were there are replaced.
+
+    Args:
+      model: its parameters' dtype is the dtype of the files.
+      directory: made if absent.
+      max_shard_bytes: bytes of tensors in one file; more than that are split over several, with an index.
+      tokenizer_file: copied beside the weights, under its own name.
+
+    Raises:
+      FileNotFoundError: if `tokenizer_file` is absent.
+      ValueError: if `max_shard_bytes` is not positive, or the parameters are spread over several processes.
+    """
+    directory = Path(directory)
+    leaves = jax.tree_util.tree_leaves_with_path(model)
+    parameters = {parameter_path(path): leaf for path, leaf in leaves}
+    if max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes={max_shard_bytes} must be positive")
+    if tokenizer_file is not None and not Path(tokenizer_file).is_file():
+        raise FileNotFoundError(f"tokenizer_file={os.fspath(tokenizer_file)!r} is absent: name a file that is there")
+    if not all(array.is_fully_addressable for array in parameters.values()):
+        raise ValueError("the parameters are spread over several processes: restore them in one, and save there")
+    directory.mkdir(parents=True, exist_ok=True)
+    config = dataclasses.replace(model.config, param_dtype=parameters["embedding"].dtype.name)
+    files = _split_into_files(list(_tensors_to_write(parameters, config.num_layers)), max_shard_bytes)
+
+    written: dict[Path, Path] = {}  # temporary to final, in the order of renaming
+
+    def temporary(name: str) -> Path:
+        file = directory / f"{name}.tmp"
+        written[file] = directory / name
+        return file
+
+    try:
+        for name, tensors in files.items():
+            arrays = {tensor.name: _hf_array(parameters, tensor) for tensor in tensors}
+            save_file(arrays, temporary(name), metadata={"format": "pt"})
+        if len(files) > 1:
+            total = sum(tensor.num_bytes for tensors in files.values() for tensor in tensors)
+            weight_map = {tensor.name: name for name, tensors in files.items() for tensor in tensors}
+            _write_json(temporary(INDEX_FILE), {"metadata": {"total_size": total}, "weight_map": weight_map})
+        if tokenizer_file is not None:
+            shutil.copyfile(tokenizer_file, temporary(Path(tokenizer_file).name))
+        config_file = temporary(CONFIG_FILE)
+        _write_json(config_file, config_to_hf(config, model.layout))
+        for source in written:  # safetensors lets only the owner read its files
+            shutil.copymode(config_file, source)
+        (directory / CONFIG_FILE).unlink(missing_ok=True)
+        for old in directory.iterdir():
+            if _WEIGHT_FILES.fullmatch(old.name) and old not in written.values():
+                old.unlink()
+        for source, target in written.items():
+            source.replace(target)
+    finally:
+        for source in written:
+            source.unlink(missing_ok=True)
+
+
+def _hf_array(parameters: dict[str, jax.Array], tensor: _Tensor) -> np.ndarray:
+    array = parameters[tensor.path]
+    return HF_WEIGHTS[tensor.path].to_hf(np.asarray(array if tensor.layer is None else array[tensor.layer]))
+
+
+def _write_json(file: Path, contents: dict[str, Any]) -> None:
+    file.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,161 @@
+"""Checkpoints of a run: orbax for the arrays, `config.json` for what they are arrays of.
+
+A work directory holds one run:
+
+  config.json        the whole config, the vocabulary's size fixed
+  tokenizer.model    sentencepiece (when the run trained one)
+  metrics.jsonl
+  checkpoints/STEP/  model and optimizer as two items, so that inference reads only the model
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from unigist_jax.config import RunConfig, config_differences
+from unigist_jax.model import Llama, init_llama
+from unigist_jax.sharding import make_mesh, tree_shardings
+from unigist_jax.training.step import TrainState
+
+CONFIG_FILE = "config.json"
+
+
+class Checkpoints:
+    """The checkpoints of a work directory. Saving is asynchronous; `close` waits for the last one."""
+
+    def __init__(self, workdir: Path, keep: int | None = None):
+        """Opens (or makes) `workdir/checkpoints`; `keep`: how many of the newest to keep, None for all."""
+        self._directory = Path(workdir).absolute() / "checkpoints"
+        self._manager = ocp.CheckpointManager(
+            self._directory,
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep),
+            item_handlers={item: ocp.StandardCheckpointHandler() for item in ("model", "optimizer")},
+        )
+
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState) -> None:
+        """Saves a state under its step, unless that step is saved already."""
+        step = int(state.step)
+        if step == self.latest_step():
+            return
+        items = {
+            "model": ocp.args.StandardSave(_named(state.model)),
+            "optimizer": ocp.args.StandardSave(_named(state.opt_state)),
+        }
+        self._manager.save(step, args=ocp.args.Composite(**items))
+
+    def restore(self, like: TrainState) -> TrainState:
+        """The latest state, laid out like `like` (arrays or ShapeDtypeStructs with shardings)."""
+        step = self.latest_step()
+        model, opt_state = self._restore(step, {"model": like.model, "optimizer": like.opt_state})
+        return TrainState(jax.device_put(jnp.int32(step), like.step.sharding), model, opt_state)
+
+    def restore_model(self, like: Llama) -> Llama:
+        """The latest model alone, laid out like `like`."""
+        return self._restore(self.latest_step(), {"model": like})[0]
+
+    def _restore(self, step: int, like: dict[str, Any]) -> list[Any]:
+        where = self._directory / str(step)
+        saved = self._manager.item_metadata(step)
+        for item, tree in like.items():
+            _check_shapes(where, saved[item], _named(tree))
+        args = {item: ocp.args.StandardRestore(_abstract(_named(tree))) for item, tree in like.items()}
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(**args))
+        except (ValueError, OSError) as error:
+            raise ValueError(
+                f"the checkpoint {where} is damaged ({error}); delete that folder to go on from the one before it"
+            ) from error
+        return [
+            jax.tree.unflatten(jax.tree.structure(tree), [restored[item][name] for name in _named(tree)])
+            for item, tree in like.items()
+        ]
+
+    def close(self) -> None:
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """Leaves by a readable path, in the tree's order."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): leaf for path, leaf in leaves}
+
+
+def _abstract(named: dict[str, Any]) -> dict[str, Any]:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), named)
+
+
+def _check_shapes(where: Path, saved: Any, expected: dict[str, Any]) -> None:
+    """Raises ValueError if a checkpoint holds other arrays than the model (or its optimizer) expects."""
+    if saved is None:
+        raise ValueError(f"{where} holds no such checkpoint; it is damaged or not of this project")
+    held = {name: tuple(entry.shape) for name, entry in dict(saved).items()}
+    wanted = {name: tuple(leaf.shape) for name, leaf in expected.items()}
+    wrong = [
+        f"{name}: checkpoint {held.get(name, 'missing')}, model {wanted.get(name, 'missing')}"
+        for name in sorted({*held, *wanted})
+        if held.get(name) != wanted.get(name)
+    ]
+    if wrong:
+        raise ValueError(f"the checkpoint {where} is of another model or layout: {'; '.join(wrong[:4])}")
+
+
+# --- config.json ----------------------------------------------------------------------------------------------------
+
+
+def claim_workdir(workdir: Path, run: RunConfig) -> None:
+    """Writes the run's config, or checks that the work directory already holds this very run.
+
+    Raises:
+      ValueError: if it holds another run, naming each field that differs.
+    """
+    path = Path(workdir) / CONFIG_FILE
+    if path.exists():
+        differences = config_differences(read_run(workdir).to_dict(), run.to_dict())
+        if differences:
+            raise ValueError(
+                f"{workdir} holds a different run ({'; '.join(differences)}); use another --workdir, or delete this one"
+            )
+        return
+    Path(workdir).mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(run.to_dict(), indent=2) + "\n")
+    os.replace(partial, path)
+
+
+def read_run(workdir: Path) -> RunConfig:
+    """The config of the run in a work directory. Raises ValueError if there is none, or it cannot be read."""
+    path = Path(workdir) / CONFIG_FILE
+    if not path.exists():
+        raise ValueError(f"{workdir} holds no run ({CONFIG_FILE} is missing); train one with launch.train --workdir")
+    try:
+        return RunConfig.from_dict(json.loads(path.read_text()))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}); restore it, or use another work directory") from error
+
+
+def load_trained(workdir: Path) -> tuple[RunConfig, Llama, int]:
+    """The run in a work directory, its latest model on one device (the first), and the step it was saved at."""
+    run = read_run(workdir)
+    checkpoints = Checkpoints(workdir) if (Path(workdir) / "checkpoints").is_dir() else None
+    step = checkpoints.latest_step() if checkpoints else None
+    if step is None:
+        raise ValueError(f"{workdir} holds no checkpoint yet; let launch.train reach its first one")
+    mesh = make_mesh(devices=jax.devices()[:1])
+    like = jax.eval_shape(lambda: init_llama(run.model, run.gist, 0))
+    like = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like, tree_shardings(mesh, like)
+    )
+    model = checkpoints.restore_model(like)
+    checkpoints.close()
+    return run, model, step

@@ -1,0 +1,60 @@
+"""Metrics of a run: JSON lines always, TensorBoard where tensorboardX is installed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Writes one JSON line a call to `workdir/metrics.jsonl`, flushed, and the same scalars to TensorBoard."""
+
+    def __init__(self, workdir: Path, resume_step: int, tensorboard: bool = True):
+        """Opens the file for appending.
+
+        Args:
+          workdir: of the run.
+          resume_step: lines after this step belong to steps that will be run again, and are dropped.
+          tensorboard: also write event files to `workdir/tensorboard`, if tensorboardX is installed.
+        """
+        path = workdir / METRICS_FILE
+        kept = [line for line in read_metrics(workdir) if line["step"] <= resume_step]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(partial, path)
+        self._file = path.open("a")
+        self._tensorboard = _tensorboard_writer(workdir, resume_step) if tensorboard else None
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            for name, value in scalars.items():
+                self._tensorboard.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics file, [] if there is none. A last line cut off by a crash is left out."""
+    path = Path(workdir) / METRICS_FILE
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def _tensorboard_writer(workdir: Path, resume_step: int):
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
