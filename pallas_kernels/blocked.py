@@ -2,18 +2,18 @@
 
 Axis legend
   B  batch                      Hkv KV heads, A  query heads of one KV head (Hq = Hkv * A), D  head dim
-  P  query rows, cut into tiles of `block_q`
-  N  keys of one source, cut into tiles of `block_k`
+  P  query rows, cut into tiles of `block.q`
+  S  key sources (sinks, gists, raws), each padded to whole tiles of `block.k` and laid one behind the other: N keys
 
-            key tiles of one source (here: gists)
-  rows      0    1    2    3
-  tile 0  [ ▒              ]     ▒ visited, masked by two integer compares
-  tile 1  [ ▒    ▒         ]       blank: never visited (the trip count is dynamic)
-  tile 2  [ ▒    ▒    ▒    ]
+               key tiles   sinks | gists                | raws
+  row tile 0 (raws)        [ ▒   | ▒                    | ▒              ]    ▒ visited, masked by two compares
+  row tile 1 (raws)        [ ▒   | ▒    ▒               | ▒    ▒         ]      blank: never visited
+  row tile 2 (gists)       [ ▒   | ▒    ▒               | ▒    ▒         ]
 
-The forward pass keeps a running maximum and sum per row over all sources; the backward pass recomputes the weights tile
-by tile from the saved log-sum-exp (natural logarithm). No array has both a query and a key axis longer than a tile.
-A source of batch size 1 serves every sequence; its gradient sums over them.
+Each row sees one interval of each source, so a row tile visits one run of key tiles in each: a single loop walks the
+runs one after the other, its trip count computed from the intervals. The forward pass keeps a running maximum and sum
+per row; the backward pass recomputes the weights tile by tile from the saved log-sum-exp (natural logarithm). No array
+has both a query and a key axis longer than a tile.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.ranges import RowRanges, source_ranges, tile_bounds
+from pallas_kernels.ranges import RowRanges, source_ranges, tile_runs
 from unigist_jax.layout import GistLayout, UnitStarts, split_segment
 
 
@@ -38,6 +38,8 @@ class KeySource(NamedTuple):
 
 
 class BlockSizes(NamedTuple):
+    """Rows of a query tile, and keys of a key tile."""
+
     q: int = 128
     k: int = 128
 
@@ -50,143 +52,123 @@ def interval_attention(
     Scores and accumulation are float32; products of bf16 or fp16 operands run in their own dtype. A row that sees no key
     gives zeros. Differentiable in reverse mode with respect to q, k and v.
     """
-    if q.shape[1] == 0:
+    batch, length, _, dim = q.shape
+    if length == 0:
         return q
-    num_kv_heads = sources[0].k.shape[2]
-    rows = tuple(
-        RowRanges(*(jnp.broadcast_to(x, q.shape[:2]).astype(jnp.int32) for x in source.rows)) for source in sources
-    )
-    present = [i for i, source in enumerate(sources) if source.k.shape[1]]
-    grouped = q.reshape(*q.shape[:2], num_kv_heads, -1, q.shape[3])
-    out = _attend(
-        block, grouped, tuple((sources[i].k, sources[i].v) for i in present), tuple(rows[i] for i in present)
-    )
-    return out.reshape(q.shape)
+    block_q = min(block.q, -(-length // 8) * 8)
+    keys, values, lo, hi, offset = [], [], [], [], 0
+    for source in sources:
+        k, v = (_pad(x, block.k) for x in (source.k, source.v))
+        keys.append(jnp.broadcast_to(k, (batch, *k.shape[1:])))
+        values.append(jnp.broadcast_to(v, (batch, *v.shape[1:])))
+        for ends, end in ((lo, source.rows.lo), (hi, source.rows.hi)):
+            ends.append(_pad(jnp.broadcast_to(end, (batch, length)).astype(jnp.int32), block_q) + offset)
+        offset += k.shape[1]
+    rows = RowRanges(jnp.stack(lo, axis=1), jnp.stack(hi, axis=1))
+    grouped = _pad(q.reshape(batch, length, keys[0].shape[2], -1, dim), block_q)
+    out = _attend(BlockSizes(block_q, block.k), grouped, jnp.concatenate(keys, 1), jnp.concatenate(values, 1), rows)
+    return out[:, :length].reshape(q.shape)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(block, q, keys, rows):
-    return _forward(block, q, keys, rows)[0]
+def _pad(x, size):
+    """Pads axis 1 with zeros to a multiple of `size`."""
+    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % size)] + [(0, 0)] * (x.ndim - 2))
 
 
 def _tiles(x, size, axis=1):
-    """Pads `axis` to a multiple of `size` with zeros and moves its tiles to the front: [tiles, …, size, …]."""
-    x = _pad(x, size, axis)
-    x = x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
-    return jnp.moveaxis(x, axis, 0)
+    """Tiles of `axis` in front: [tiles, …, size, …]."""
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :]), axis, 0)
 
 
-def _untile(x, length):
+def _untile(x):
     """The inverse of `_tiles` on axis 1."""
     x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
-def _pad(x, size, axis=1):
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, -x.shape[axis] % size)
-    return jnp.pad(x, widths)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(block, q, k, v, rows):
+    """q [B, P, Hkv, A, D], k and v [B, N, Hkv, D], rows [B, S, P]; P and N are whole tiles."""
+    return _forward(block, q, k, v, rows)[0]
 
 
-def _take(x, index, size):
-    """Key tile `index`, [Bk, size, Hkv, D]."""
-    return jax.lax.dynamic_slice_in_dim(x, index * size, size, axis=1)
+def _masked_scores(block, q, k, rows, source, index):
+    """Float32 scores of a query tile against key tile `index`, -inf where masked: [B, Hkv, A, Q, K]."""
+    k = jax.lax.dynamic_slice_in_dim(k, index * block.k, block.k, axis=1)
+    scores = jnp.einsum("bqhad,bkhd->bhaqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    column = index * block.k + jnp.arange(block.k, dtype=jnp.int32)
+    lo, hi = (jax.lax.dynamic_index_in_dim(x, source, axis=1, keepdims=False)[..., None] for x in rows)
+    visible = (column >= lo) & (column < hi)
+    return jnp.where(visible[:, None, None], scores, -jnp.inf), k
 
 
-def _scores(q, k, rows, index, block_k, scale):
-    """Masked float32 scores of a query tile against key tile `index`, [B, Hkv, A, Q, K]."""
-    k = jnp.broadcast_to(k, (q.shape[0], *k.shape[1:]))
-    scores = jnp.einsum("bqhad,bkhd->bhaqk", q, k, preferred_element_type=jnp.float32) * scale
-    column = index * block_k + jnp.arange(block_k)
-    visible = (column >= rows.lo[..., None]) & (column < rows.hi[..., None])
-    return jnp.where(visible[:, None, None], scores, -jnp.inf)
-
-
-def _forward(block, q, keys, rows):
-    length, scale = q.shape[1], q.shape[-1] ** -0.5
-    padded = [(_pad(k, block.k), _pad(v, block.k)) for k, v in keys]
-
+def _forward(block, q, k, v, rows):
     def query_tile(tile):
         q_tile, row_tile = tile
+        count, locate = tile_runs(row_tile, block.k)
+
+        def key_tile(i, state):
+            maximum, total, acc = state
+            source, index = locate(i)
+            scores, _ = _masked_scores(block, q_tile, k, row_tile, source, index)
+            new_maximum = jnp.maximum(maximum, scores.max(-1))
+            safe = jnp.where(jnp.isneginf(new_maximum), 0.0, new_maximum)
+            weights = jnp.exp(scores - safe[..., None])
+            shrink = jnp.exp(maximum - safe)
+            v_tile = jax.lax.dynamic_slice_in_dim(v, index * block.k, block.k, axis=1)
+            update = jnp.einsum("bhaqk,bkhd->bhaqd", weights.astype(v.dtype), v_tile, preferred_element_type=jnp.float32)
+            return new_maximum, total * shrink + weights.sum(-1), acc * shrink[..., None] + update
+
         batch, size, heads, group, dim = q_tile.shape
-        state = (
-            jnp.full((batch, heads, group, size), -jnp.inf, jnp.float32),
-            jnp.zeros((batch, heads, group, size), jnp.float32),
-            jnp.zeros((batch, heads, group, size, dim), jnp.float32),
-        )
-        for (k, v), source_rows in zip(padded, row_tile, strict=True):
-
-            def key_tile(index, state, k=k, v=v, source_rows=source_rows):
-                maximum, total, acc = state
-                scores = _scores(q_tile, _take(k, index, block.k), source_rows, index, block.k, scale)
-                new_maximum = jnp.maximum(maximum, scores.max(-1))
-                safe = jnp.where(jnp.isneginf(new_maximum), 0.0, new_maximum)
-                weights = jnp.exp(scores - safe[..., None])
-                shrink = jnp.exp(maximum - safe)
-                v_tile = jnp.broadcast_to(_take(v, index, block.k), (batch, block.k, heads, dim))
-                update = jnp.einsum(
-                    "bhaqk,bkhd->bhaqd", weights.astype(v.dtype), v_tile, preferred_element_type=jnp.float32
-                )
-                return new_maximum, total * shrink + weights.sum(-1), acc * shrink[..., None] + update
-
-            state = jax.lax.fori_loop(*tile_bounds(source_rows, block.k), key_tile, state)
-        maximum, total, acc = state
+        shape = (batch, heads, group, size)
+        state = jnp.full(shape, -jnp.inf, jnp.float32), jnp.zeros(shape, jnp.float32), jnp.zeros((*shape, dim))
+        maximum, total, acc = jax.lax.fori_loop(0, count, key_tile, state)
         seen = total > 0
-        out = jnp.where(seen[..., None], acc / jnp.where(seen, total, 1.0)[..., None], 0.0)
-        lse = jnp.where(seen, maximum + jnp.log(jnp.where(seen, total, 1.0)), 0.0)
-        return jnp.einsum("bhaqd->bqhad", out).astype(q.dtype), jnp.einsum("bhaq->bqha", lse)
+        total = jnp.where(seen, total, 1.0)
+        lse = jnp.where(seen, maximum + jnp.log(total), 0.0)
+        return jnp.einsum("bhaqd->bqhad", acc / total[..., None]).astype(q.dtype), jnp.einsum("bhaq->bqha", lse)
 
-    tiles = _tiles(q, block.q), jax.tree.map(lambda x: _tiles(x, block.q), rows)
-    out, lse = jax.lax.map(query_tile, tiles)
-    out = _untile(out, length)
-    return out, (q, keys, rows, out, _untile(lse, length))
+    tiles = _tiles(q, block.q), jax.tree.map(lambda x: _tiles(x, block.q, axis=2), rows)
+    out, lse = (_untile(x) for x in jax.lax.map(query_tile, tiles))
+    return out, (q, k, v, rows, out, lse)
 
 
 def _backward(block, residuals, d_out):
-    q, keys, rows, out, lse = residuals
-    length, scale = q.shape[1], q.shape[-1] ** -0.5
-    padded = [(_pad(k, block.k), _pad(v, block.k)) for k, v in keys]
+    q, k, v, rows, out, lse = residuals
     delta = jnp.einsum("bqhad,bqhad->bqha", d_out.astype(jnp.float32), out.astype(jnp.float32))
 
-    def query_tile(d_keys, tile):
+    def add_tile(total, tile, start):
+        old = jax.lax.dynamic_slice_in_dim(total, start, block.k, axis=1)
+        return jax.lax.dynamic_update_slice_in_dim(total, old + tile, start, axis=1)
+
+    def query_tile(d_kv, tile):
         q_tile, row_tile, d_out_tile, lse_tile, delta_tile = tile
         lse_tile, delta_tile = (jnp.einsum("bqha->bhaq", x)[..., None] for x in (lse_tile, delta_tile))
-        d_q = jnp.zeros(q_tile.shape, jnp.float32)
-        new_d_keys = []
-        for (k, v), source_rows, d_source in zip(padded, row_tile, d_keys, strict=True):
+        count, locate = tile_runs(row_tile, block.k)
 
-            def key_tile(index, state, k=k, v=v, source_rows=source_rows):
-                d_q, d_k, d_v = state
-                k_tile, v_tile = _take(k, index, block.k), _take(v, index, block.k)
-                weights = jnp.exp(_scores(q_tile, k_tile, source_rows, index, block.k, scale) - lse_tile)
-                k_tile, v_tile = (jnp.broadcast_to(x, (q_tile.shape[0], *x.shape[1:])) for x in (k_tile, v_tile))
-                d_weights = jnp.einsum("bqhad,bkhd->bhaqk", d_out_tile, v_tile, preferred_element_type=jnp.float32)
-                d_scores = (weights * (d_weights - delta_tile) * scale).astype(q.dtype)
-                d_q += jnp.einsum("bhaqk,bkhd->bqhad", d_scores, k_tile, preferred_element_type=jnp.float32)
-                d_k_tile = jnp.einsum("bhaqk,bqhad->bkhd", d_scores, q_tile, preferred_element_type=jnp.float32)
-                d_v_tile = jnp.einsum(
-                    "bhaqk,bqhad->bkhd", weights.astype(q.dtype), d_out_tile, preferred_element_type=jnp.float32
-                )
-                return d_q, _add_tile(d_k, d_k_tile, index), _add_tile(d_v, d_v_tile, index)
+        def key_tile(i, state):
+            d_q, d_k, d_v = state
+            source, index = locate(i)
+            scores, k_tile = _masked_scores(block, q_tile, k, row_tile, source, index)
+            v_tile = jax.lax.dynamic_slice_in_dim(v, index * block.k, block.k, axis=1)
+            weights = jnp.exp(scores - lse_tile)
+            d_weights = jnp.einsum("bqhad,bkhd->bhaqk", d_out_tile, v_tile, preferred_element_type=jnp.float32)
+            d_scores = (weights * (d_weights - delta_tile) * q.shape[-1] ** -0.5).astype(q.dtype)
+            weights = weights.astype(q.dtype)
+            d_q += jnp.einsum("bhaqk,bkhd->bqhad", d_scores, k_tile, preferred_element_type=jnp.float32)
+            d_k_tile = jnp.einsum("bhaqk,bqhad->bkhd", d_scores, q_tile, preferred_element_type=jnp.float32)
+            d_v_tile = jnp.einsum("bhaqk,bqhad->bkhd", weights, d_out_tile, preferred_element_type=jnp.float32)
+            start = index * block.k
+            return d_q, add_tile(d_k, d_k_tile, start), add_tile(d_v, d_v_tile, start)
 
-            d_q, *d_source = jax.lax.fori_loop(*tile_bounds(source_rows, block.k), key_tile, (d_q, *d_source))
-            new_d_keys.append(tuple(d_source))
-        return tuple(new_d_keys), d_q.astype(q.dtype)
+        d_q, *d_kv = jax.lax.fori_loop(0, count, key_tile, (jnp.zeros(q_tile.shape, jnp.float32), *d_kv))
+        return tuple(d_kv), d_q.astype(q.dtype)
 
-    d_keys = tuple(tuple(jnp.zeros(x.shape, jnp.float32) for x in pair) for pair in padded)
-    tiles = jax.tree.map(lambda x: _tiles(x, block.q), (q, rows, d_out, lse, delta))
-    d_keys, d_q = jax.lax.scan(query_tile, d_keys, tiles)
-    d_keys = jax.tree.map(lambda x, like: x[:, : like.shape[1]].astype(like.dtype), d_keys, keys)
-    return _untile(d_q, length), d_keys, jax.tree.map(lambda _: None, rows)
-
-
-def _add_tile(total, tile, index):
-    """Adds a key tile's gradient [B, K, Hkv, D] into `total` [Bk, N, Hkv, D], summing over the batch if Bk is 1."""
-    if total.shape[0] == 1:
-        tile = tile.sum(0, keepdims=True)
-    start = index * tile.shape[1]
-    old = jax.lax.dynamic_slice_in_dim(total, start, tile.shape[1], axis=1)
-    return jax.lax.dynamic_update_slice_in_dim(total, old + tile, start, axis=1)
+    row_tiles = jax.tree.map(lambda x: _tiles(x, block.q, axis=2), rows)
+    tiles = _tiles(q, block.q), row_tiles, *(_tiles(x, block.q) for x in (d_out, lse, delta))
+    zeros = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    (d_k, d_v), d_q = jax.lax.scan(query_tile, zeros, tiles)
+    return _untile(d_q), d_k.astype(k.dtype), d_v.astype(v.dtype), jax.tree.map(lambda _: None, rows)
 
 
 _attend.defvjp(_forward, _backward)
@@ -203,19 +185,26 @@ def gist_attention_blocked(
 ) -> Float[Array, "B P Hq D"]:
     """Blocked form of `pallas_kernels.gist_attention.gist_attention`; same arguments, `starts` per unit of the segment.
 
-    Raw and gist rows are tiled apart: a tile that held both would visit the gists of the first and the raws of the last.
+    Raws are padded to whole row tiles, so that no tile holds both: it would visit the gists of the first gist rows and
+    the raws of the last raw rows.
     """
     num_units = layout.segment_units(q.shape[1])
+    num_raws = num_units * layout.ratio
     ranges = source_ranges(layout, num_units, kv.sink_k.shape[0], first_unit, first_raw_unit, starts)
-    keys = (kv.sink_k[None], kv.sink_v[None]), (kv.gist_k, kv.gist_v), (kv.raw_k, kv.raw_v)
-    raw_rows, gist_rows = (
-        jax.tree.map(lambda x, part=part: split_segment(x, layout, axis=1)[part], ranges) for part in (0, 1)
+    block = BlockSizes(min(block.q, -(-num_raws // 8) * 8), block.k)
+
+    def pad_raws(x):
+        raws, gists = split_segment(x, layout, axis=1)
+        return jnp.concatenate([_pad(raws, block.q), gists], axis=1)
+
+    sinks, gists, raws = (RowRanges(*(pad_raws(end) for end in rows)) for rows in ranges)
+    sources = (
+        KeySource(kv.sink_k[None], kv.sink_v[None], sinks),
+        KeySource(kv.gist_k, kv.gist_v, gists),
+        KeySource(kv.raw_k, kv.raw_v, raws),
     )
-    outputs = [
-        interval_attention(rows_q, tuple(KeySource(*pair, r) for pair, r in zip(keys, rows, strict=True)), block)
-        for rows_q, rows in zip(split_segment(q, layout, axis=1), (raw_rows, gist_rows), strict=True)
-    ]
-    return jnp.concatenate(outputs, axis=1)
+    out = interval_attention(pad_raws(q), sources, block)
+    return jnp.concatenate([out[:, :num_raws], out[:, out.shape[1] - num_units :]], axis=1)
 
 
 def causal_attention(

@@ -10,6 +10,7 @@ mask: two integer compares.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -22,8 +23,8 @@ from unigist_jax.layout import GistLayout, UnitStarts, segment_ranges
 class RowRanges(NamedTuple):
     """Half-open visible range of each query row in one key source, in that source's own index. int32 [B or 1, P]."""
 
-    lo: Int32[Array, "B P"]
-    hi: Int32[Array, "B P"]
+    lo: Int32[Array, "*B P"]
+    hi: Int32[Array, "*B P"]
 
 
 class SourceRanges(NamedTuple):
@@ -54,9 +55,25 @@ def source_ranges(
     )
 
 
-def tile_bounds(rows: RowRanges, tile: int) -> tuple[jax.Array, jax.Array]:
-    """First key tile and one past the last that any of these rows needs, int32 scalars; empty if no row sees a key."""
+def tile_runs(rows: RowRanges, tile: int) -> tuple[jax.Array, Callable[[jax.Array], tuple[jax.Array, jax.Array]]]:
+    """The key tiles that a tile of rows visits: one run of them in each source, walked one after the other.
+
+    Args:
+      rows: ranges int32 [B, S, Q] of the tile's rows in S sources, in one index over all keys; `lo >= hi` sees none.
+      tile: keys of a key tile.
+
+    Returns:
+      How many key tiles to visit, int32 scalar; and a function from the visit's number to (source, key tile).
+    """
     seen = rows.lo < rows.hi
-    first = jnp.min(jnp.where(seen, rows.lo, jnp.iinfo(jnp.int32).max))
-    last = jnp.max(jnp.where(seen, rows.hi, 0))
-    return jnp.minimum(first, last) // tile, -(-last // tile)
+    first = jnp.min(jnp.where(seen, rows.lo, jnp.iinfo(jnp.int32).max), axis=(0, 2))
+    last = jnp.max(jnp.where(seen, rows.hi, 0), axis=(0, 2))
+    begin = jnp.minimum(first, last) // tile
+    ends = jnp.cumsum(-(-last // tile) - begin)
+
+    def locate(visit: jax.Array) -> tuple[jax.Array, jax.Array]:
+        source = jnp.sum(visit >= ends)
+        before = jnp.where(source > 0, ends[source - 1], 0)
+        return source, begin[source] + visit - before
+
+    return ends[-1], locate

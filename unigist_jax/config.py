@@ -125,11 +125,14 @@ class RunConfig:
 
     def __post_init__(self):
         self.gist.num_units(self.data.row_length)
-        tensor = self.mesh.tensor
         _require(
-            tensor < 1 or self.model.num_kv_heads % tensor == 0,
-            f"mesh.tensor={tensor} does not divide model.num_kv_heads={self.model.num_kv_heads}",
+            self.optim.warmup_steps < self.train.steps,
+            f"optim.warmup_steps={self.optim.warmup_steps} must be below train.steps={self.train.steps}",
         )
+        split = {"hidden_size": "fsdp", "num_kv_heads": "tensor", "intermediate_size": "tensor", "vocab_size": "tensor"}
+        for name, axis in split.items():
+            size, parts = getattr(self.model, name), getattr(self.mesh, axis)
+            _require(parts < 1 or size % parts == 0, f"mesh.{axis}={parts} does not divide model.{name}={size}")
         rows = self.mesh.data * self.mesh.fsdp
         _require(
             rows < 1 or self.train.batch_size % rows == 0,
@@ -138,10 +141,9 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> RunConfig:
-        """Checks a (nested) config and freezes it. Raises ValueError for unknown fields and bad values, by name."""
-        sections = {f.name: _SECTIONS[f.name] for f in dataclasses.fields(cls)}
-        _check_fields("", config, set(sections))
-        return cls(**{name: _build(name, kind, config[name]) for name, kind in sections.items()})
+        """Checks a (nested) config and freezes it. Raises ValueError for unknown or missing fields and bad values."""
+        _check_fields("", config, set(_SECTIONS), set(_SECTIONS))
+        return cls(**{name: _build(name, kind, config[name]) for name, kind in _SECTIONS.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dicts, for JSON; the inverse of `from_dict`."""
@@ -170,8 +172,10 @@ _SECTIONS = {
 def default_config() -> Any:
     """The default config as an `ml_collections.ConfigDict`: a tiny model on the standard library's sources."""
     from ml_collections import ConfigDict
+    from ml_collections.config_dict import placeholder
 
     defaults = {f.name: f.default for f in dataclasses.fields(LlamaConfig) if f.default is not dataclasses.MISSING}
+    defaults["attention_backend"] = placeholder(str)  # None, yet a flag may set it
     config = {
         "model": {**defaults, **_TINY},
         "gist": dataclasses.asdict(GistLayout()),
@@ -196,17 +200,24 @@ def config_differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: s
 
 
 def _build(section: str, kind: type, values: Mapping[str, Any]):
+    fields = dataclasses.fields(kind)
+    required = {f.name for f in fields if f.default is dataclasses.MISSING}
+    _check_fields(section, values, {f.name for f in fields}, required)
     values = dict(values)
-    _check_fields(section, values, {f.name for f in dataclasses.fields(kind)})
     if values.get("rope_scaling") is not None:
         values["rope_scaling"] = _build(f"{section}.rope_scaling", RopeScaling, values["rope_scaling"])
     return kind(**values)
 
 
-def _check_fields(section: str, values: Mapping[str, Any], known: set[str]) -> None:
+def _check_fields(section: str, values: Mapping[str, Any], known: set[str], required: set[str]) -> None:
+    where = f" in {section!r}" if section else ""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"a config has fields{where}, not {values!r}; begin with unigist_jax.config.default_config()")
+    missing = sorted(required - set(values))
+    if missing:
+        raise ValueError(f"config fields {missing} are missing{where}; begin with unigist_jax.config.default_config()")
     for name in values:
         if name not in known:
             close = difflib.get_close_matches(name, sorted(known), 1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; the fields are {sorted(known)}"
-            where = f" in {section!r}" if section else ""
             raise ValueError(f"unknown config field {name!r}{where}{hint}")

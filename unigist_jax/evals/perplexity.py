@@ -111,7 +111,7 @@ def border_jump(losses: Float[np.ndarray, "T1"], chunk_size: int, reach: int) ->
 
     `losses[i]` belongs to position i + 1. Positive: the method forgets at borders.
     """
-    borders = range(chunk_size, len(losses) + 1 - reach, chunk_size)
+    borders = range(chunk_size, len(losses) + 2 - reach, chunk_size)
     if not borders:
         raise ValueError(f"{len(losses) + 1} positions hold no border of chunks of {chunk_size}; use a smaller chunk")
     after = [losses[border - 1 : border - 1 + reach].mean() for border in borders]

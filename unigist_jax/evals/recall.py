@@ -65,16 +65,16 @@ def evaluate_recall(
 ) -> list[dict[str, Any]]:
     """One dict a record: kind, depth, tokens, answer, output, correct, token_accuracy."""
     layout = model.checked_layout(layout)
-    longest = max(len(tokenizer.encode(r.context + r.question + r.answer)) for r in records)
-    capacity = -(-(longest + 2 * EXTRA_TOKENS) // CAPACITY_STEP) * CAPACITY_STEP  # one for all: compiled once
+    all_prompts = [
+        [*tokenizer.encode(record.context, bos=True).tolist(), *tokenizer.encode(record.question).tolist()]
+        for record in records
+    ]
+    all_answers = [tokenizer.encode(record.answer).tolist() for record in records]
+    longest = max(map(len, all_prompts)) + max(map(len, all_answers)) + EXTRA_TOKENS
+    capacity = -(-longest // CAPACITY_STEP) * CAPACITY_STEP  # one for all: compiled once
     samples = []
     for start in range(0, len(records), batch_size):
-        part = records[start : start + batch_size]
-        prompts, answers = [], []
-        for record in part:
-            context = tokenizer.encode(record.context, bos=True)
-            prompts.append(np.concatenate([context, tokenizer.encode(record.question)]).tolist())
-            answers.append(tokenizer.encode(record.answer).tolist())
+        part, prompts, answers = (x[start : start + batch_size] for x in (records, all_prompts, all_answers))
         generated = generate(
             model,
             prompts,

@@ -22,13 +22,13 @@ from unigist_jax.sharding import partition_spec
 class Attention(nnx.Module):
     """Query, key, value and output projections of grouped-query attention."""
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: LlamaConfig, stack: tuple[int, ...] = (), *, rngs: nnx.Rngs):
         init = nnx.initializers.normal(0.02, dtype=config.param_dtype)
         size, dim = config.hidden_size, config.head_dim
-        self.query = nnx.Param(init(rngs.params(), (size, config.num_heads, dim)))
-        self.key = nnx.Param(init(rngs.params(), (size, config.num_kv_heads, dim)))
-        self.value = nnx.Param(init(rngs.params(), (size, config.num_kv_heads, dim)))
-        self.out = nnx.Param(init(rngs.params(), (config.num_heads, dim, size)))
+        self.query = nnx.Param(init(rngs.params(), (*stack, size, config.num_heads, dim)))
+        self.key = nnx.Param(init(rngs.params(), (*stack, size, config.num_kv_heads, dim)))
+        self.value = nnx.Param(init(rngs.params(), (*stack, size, config.num_kv_heads, dim)))
+        self.out = nnx.Param(init(rngs.params(), (*stack, config.num_heads, dim, size)))
 
     def project(
         self, x: Float[Array, "B P E"], cos: Float[Array, "_ P half"], sin: Float[Array, "_ P half"]

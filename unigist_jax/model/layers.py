@@ -39,9 +39,9 @@ def rotary_frequencies(config: LlamaConfig) -> np.ndarray:
     return ((1 - kept) * frequencies / scaling.factor + kept * frequencies).astype(np.float32)
 
 
-def rotary(config: LlamaConfig, positions: Int[Any, "*B P"]) -> Rotary:
+def rotary(config: LlamaConfig, positions: Int[Any, "P"] | Int[Any, "B P"]) -> Rotary:
     """Rotary angles at `positions`."""
-    positions = jnp.asarray(positions).reshape(-1, positions.shape[-1])
+    positions = jnp.atleast_2d(positions)
     angles = positions[..., None].astype(jnp.float32) * rotary_frequencies(config)
     return Rotary(jnp.cos(angles), jnp.sin(angles))
 
@@ -49,8 +49,8 @@ def rotary(config: LlamaConfig, positions: Int[Any, "*B P"]) -> Rotary:
 class RMSNorm(nnx.Module):
     """Root-mean-square norm over the last axis, in float32."""
 
-    def __init__(self, config: LlamaConfig):
-        self.scale = nnx.Param(jnp.ones((config.hidden_size,), config.param_dtype))
+    def __init__(self, config: LlamaConfig, stack: tuple[int, ...] = ()):
+        self.scale = nnx.Param(jnp.ones((*stack, config.hidden_size), config.param_dtype))
         self.eps = config.rms_norm_eps
 
     def __call__(self, x: Float[Array, "B P E"]) -> Float[Array, "B P E"]:
@@ -62,9 +62,10 @@ class RMSNorm(nnx.Module):
 class SwiGLU(nnx.Module):
     """Gated feed-forward: down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: LlamaConfig, stack: tuple[int, ...] = (), *, rngs: nnx.Rngs):
         init = nnx.initializers.normal(0.02, dtype=config.param_dtype)
-        wide, narrow = (config.hidden_size, config.intermediate_size), (config.intermediate_size, config.hidden_size)
+        wide = (*stack, config.hidden_size, config.intermediate_size)
+        narrow = (*stack, config.intermediate_size, config.hidden_size)
         self.gate = nnx.Param(init(rngs.params(), wide))
         self.up = nnx.Param(init(rngs.params(), wide))
         self.down = nnx.Param(init(rngs.params(), narrow))
@@ -77,11 +78,12 @@ class SwiGLU(nnx.Module):
 class DecoderLayer(nnx.Module):
     """One pre-norm decoder layer. What attends to what is the caller's: training, prefill and decoding share the layer."""
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-        self.attention_norm = RMSNorm(config)
-        self.attention = Attention(config, rngs=rngs)
-        self.mlp_norm = RMSNorm(config)
-        self.mlp = SwiGLU(config, rngs=rngs)
+    def __init__(self, config: LlamaConfig, stack: tuple[int, ...] = (), *, rngs: nnx.Rngs):
+        """`stack`: leading axes of every parameter; `(L,)` makes the stacked layers that `jax.lax.scan` runs over."""
+        self.attention_norm = RMSNorm(config, stack)
+        self.attention = Attention(config, stack, rngs=rngs)
+        self.mlp_norm = RMSNorm(config, stack)
+        self.mlp = SwiGLU(config, stack, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "B P E"], angles: Rotary, attend: Callable[..., tuple[jax.Array, Any]]

@@ -52,13 +52,7 @@ class Llama(nnx.Module):
         self.embedding = nnx.Param(init(rngs.params(), (config.vocab_size, config.hidden_size)))
         self.gist_embedding = nnx.Param(gist_init(rngs.params(), (config.hidden_size,)))
         self.sink_embedding = nnx.Param(gist_init(rngs.params(), (layout.num_sinks, config.hidden_size)))
-
-        @nnx.split_rngs(splits=config.num_layers)
-        @nnx.vmap(in_axes=(0,), out_axes=0)
-        def stacked_layers(rngs):
-            return DecoderLayer(config, rngs=rngs)
-
-        self.layers = stacked_layers(rngs)
+        self.layers = DecoderLayer(config, (config.num_layers,), rngs=rngs)
         self.norm = RMSNorm(config)
         if config.tie_embeddings:
             self.head = None

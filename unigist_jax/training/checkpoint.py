@@ -10,8 +10,11 @@ A work directory holds one run:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,16 +68,13 @@ class Checkpoints:
 
     def _restore(self, step: int, like: dict[str, Any]) -> list[Any]:
         where = self._directory / str(step)
-        saved = self._manager.item_metadata(step)
+        with _unreadable_named(where):
+            saved = {item: self._manager.item_metadata(step)[item] for item in like}
         for item, tree in like.items():
             _check_shapes(where, saved[item], _named(tree))
         args = {item: ocp.args.StandardRestore(_abstract(_named(tree))) for item, tree in like.items()}
-        try:
+        with _unreadable_named(where):
             restored = self._manager.restore(step, args=ocp.args.Composite(**args))
-        except (ValueError, OSError) as error:
-            raise ValueError(
-                f"the checkpoint {where} is damaged ({error}); delete that folder to go on from the one before it"
-            ) from error
         return [
             jax.tree.unflatten(jax.tree.structure(tree), [restored[item][name] for name in _named(tree)])
             for item, tree in like.items()
@@ -83,6 +83,19 @@ class Checkpoints:
     def close(self) -> None:
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+@contextlib.contextmanager
+def _unreadable_named(where: Path) -> Iterator[None]:
+    """Names the checkpoint and the remedy in whatever orbax raises over its files, bare `Exception` included."""
+    try:
+        yield
+    except Exception as error:
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" …")
+        raise ValueError(
+            f"the checkpoint {where} cannot be read ({reason}); "
+            "if its files are damaged, delete that folder to go on from the one before it"
+        ) from error
 
 
 def _named(tree: Any) -> dict[str, Any]:
@@ -98,7 +111,9 @@ def _abstract(named: dict[str, Any]) -> dict[str, Any]:
 def _check_shapes(where: Path, saved: Any, expected: dict[str, Any]) -> None:
     """Raises ValueError if a checkpoint holds other arrays than the model (or its optimizer) expects."""
     if saved is None:
-        raise ValueError(f"{where} holds no such checkpoint; it is damaged or not of this project")
+        raise ValueError(
+            f"{where} is no checkpoint of this project, or damaged; delete that folder to go on from the one before it"
+        )
     held = {name: tuple(entry.shape) for name, entry in dict(saved).items()}
     wanted = {name: tuple(leaf.shape) for name, leaf in expected.items()}
     wrong = [
@@ -113,20 +128,27 @@ def _check_shapes(where: Path, saved: Any, expected: dict[str, Any]) -> None:
 # --- config.json ----------------------------------------------------------------------------------------------------
 
 
-def claim_workdir(workdir: Path, run: RunConfig) -> None:
-    """Writes the run's config, or checks that the work directory already holds this very run.
+def check_workdir(workdir: Path, run: RunConfig) -> bool:
+    """Whether the work directory already holds this very run.
 
     Raises:
       ValueError: if it holds another run, naming each field that differs.
     """
-    path = Path(workdir) / CONFIG_FILE
-    if path.exists():
-        differences = config_differences(read_run(workdir).to_dict(), run.to_dict())
-        if differences:
-            raise ValueError(
-                f"{workdir} holds a different run ({'; '.join(differences)}); use another --workdir, or delete this one"
-            )
+    if not (Path(workdir) / CONFIG_FILE).exists():
+        return False
+    differences = config_differences(read_run(workdir).to_dict(), run.to_dict())
+    if differences:
+        raise ValueError(
+            f"{workdir} holds a different run ({'; '.join(differences)}); use another --workdir, or delete this one"
+        )
+    return True
+
+
+def claim_workdir(workdir: Path, run: RunConfig) -> None:
+    """Writes the run's config, unless the work directory holds this very run. Raises as `check_workdir`."""
+    if check_workdir(workdir, run):
         return
+    path = Path(workdir) / CONFIG_FILE
     Path(workdir).mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(run.to_dict(), indent=2) + "\n")
@@ -140,7 +162,7 @@ def read_run(workdir: Path) -> RunConfig:
         raise ValueError(f"{workdir} holds no run ({CONFIG_FILE} is missing); train one with launch.train --workdir")
     try:
         return RunConfig.from_dict(json.loads(path.read_text()))
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); restore it, or use another work directory") from error
 
 

@@ -6,6 +6,7 @@ Axis legend
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -18,13 +19,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from unigist_jax.config import RunConfig, config_differences
+from unigist_jax.config import MeshConfig, RunConfig, config_differences
 from unigist_jax.data import Tokenizer, TrainData, eval_batches
 from unigist_jax.data.from_config import recall_rows, run_tokenizer, spread_rows, text_rows
 from unigist_jax.model import Llama
 from unigist_jax.model.hf import load_hf
 from unigist_jax.sharding import batch_sharding, make_mesh
-from unigist_jax.training.checkpoint import Checkpoints, claim_workdir
+from unigist_jax.training.checkpoint import Checkpoints, check_workdir, claim_workdir
 from unigist_jax.training.metrics import MetricsWriter
 from unigist_jax.training.step import Batch, TrainState, make_eval_step, make_state, make_train_step
 
@@ -53,20 +54,23 @@ def train(
 
     Raises:
       ValueError: for a bad config, corpus, mesh, checkpoint, or a work directory of another run; before training.
-      FloatingPointError: if the loss is not finite; the message holds the step and the config.
+      FloatingPointError: if loss or gradient is not finite; the message holds the step and the config.
     """
     workdir = Path(workdir)
     is_first = jax.process_index() == 0
     mesh = make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
     tokenizer = _first_process_then_all(lambda: run_tokenizer(workdir, run.data))
     run = run.with_vocab_size(tokenizer.vocab_size)
-    _first_process_then_all(lambda: claim_workdir(workdir, run))
+    dataclasses.replace(run, mesh=MeshConfig(**mesh.shape))  # checks the sizes against the mesh that there is
+    check_workdir(workdir, run)
     data, heldout = _read_data(run, tokenizer)
 
     model = _initial_model(run, init_from, mesh) if init_from else None
-    with jax.set_mesh(mesh):
+    _first_process_then_all(lambda: claim_workdir(workdir, run))  # now that nothing in the config can be wrong any more
+    with jax.set_mesh(mesh), contextlib.ExitStack() as closing:
         state = make_state(run, mesh, model)
         checkpoints = Checkpoints(workdir, run.train.keep_checkpoints)
+        closing.callback(checkpoints.close)
         if checkpoints.latest_step() is not None:
             state = checkpoints.restore(state)
         start = int(state.step)
@@ -74,10 +78,13 @@ def train(
 
         train_step, eval_step = make_train_step(run), make_eval_step(run)
         writer = MetricsWriter(workdir, start, tensorboard) if is_first else None
+        if writer is not None:
+            closing.callback(writer.close)
         if progress and is_first:
             place = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)"
             tqdm.write(f"{_num_parameters(state.model):,} parameters on {place}, steps {start} to {end}")
         bar = tqdm(total=run.train.steps, initial=start, unit="step", disable=not (progress and is_first))
+        closing.callback(bar.close)
         report = _Reporter(run, writer, bar)
         to_devices = _device_batches(mesh)
         for step in range(start, end):
@@ -91,10 +98,6 @@ def train(
             if (step + 1) % run.train.checkpoint_every == 0 or step + 1 == end:
                 report.flush()
                 checkpoints.save(state)
-        bar.close()
-        checkpoints.close()
-    if writer is not None:
-        writer.close()
     return state
 
 
@@ -108,7 +111,7 @@ def heldout_loss(model: Llama, eval_step: Callable, batches: Iterable[Batch]) ->
 
 
 class _Reporter:
-    """Reports each step one step late, so that the device never waits for the host; stops on a loss that is not finite."""
+    """Reports each step one step late, so that the device never waits for the host; stops where one is not finite."""
 
     def __init__(self, run: RunConfig, writer: MetricsWriter | None, bar: tqdm):
         self._run, self._writer, self._bar = run, writer, bar
@@ -127,7 +130,7 @@ class _Reporter:
         step, metrics = self._pending
         self._pending = None
         scalars = {name: float(value) for name, value in metrics.items()}
-        if not math.isfinite(scalars["loss"]):
+        if not math.isfinite(scalars["loss"]) or not math.isfinite(scalars["grad_norm"]):
             raise FloatingPointError(
                 f"loss is {scalars['loss']} at step {step} (grad_norm {scalars['grad_norm']}, learning_rate "
                 f"{scalars['learning_rate']}); no checkpoint holds this step. Lower optim.peak_lr or optim.clip_norm, or "

@@ -11,13 +11,7 @@ from unigist_jax.config import OptimConfig
 
 
 def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step: 0 to the peak over the warm-up, then a cosine that ends at step `steps`.
-
-    Raises:
-      ValueError: if the warm-up is longer than the run.
-    """
-    if config.warmup_steps >= steps:
-        raise ValueError(f"optim.warmup_steps={config.warmup_steps} must be below train.steps={steps}")
+    """Learning rate by step: 0 to the peak over the warm-up, then a cosine that ends at step `steps`."""
     end = config.peak_lr * config.final_fraction
     return optax.warmup_cosine_decay_schedule(0.0, config.peak_lr, config.warmup_steps, steps, end)
 

@@ -35,9 +35,12 @@ class Batch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that a checkpoint holds. `step` counts finished steps; the model is a pytree of its parameters."""
+    """Everything that a checkpoint holds. `step` (int32) counts finished steps; the model is a pytree of its parameters.
 
-    step: Int32[Array, ""]
+    Also made of ShapeDtypeStructs or of shardings, which is why `step` is of any type.
+    """
+
+    step: Any
     model: Llama
     opt_state: Any
 
