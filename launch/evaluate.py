@@ -7,6 +7,7 @@ Writes DIR/SUITE.json (and SUITE.png) with DIR = --output or WORKDIR/eval, and p
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -14,12 +15,13 @@ from absl import flags
 from tqdm import tqdm
 
 from launch.flags import define_workdir, output_directory, run_main
-from unigist_jax.data import Tokenizer
+from unigist_jax.data import RECALL_KINDS, Tokenizer
 from unigist_jax.data.corpus import load_documents
 from unigist_jax.data.from_config import recall_filler, spread_rows, text_rows
 from unigist_jax.data.pipeline import TOKENIZER_FILE
 from unigist_jax.evals import perplexity, plots, recall
 from unigist_jax.inference.methods import METHODS
+from unigist_jax.inference.prefill import check_chunk_size
 from unigist_jax.layout import GistLayout
 from unigist_jax.training.checkpoint import load_trained
 
@@ -29,7 +31,7 @@ _WORKDIR = define_workdir()
 _SUITE = flags.DEFINE_list("suite", list(SUITES), f"which of {', '.join(SUITES)}, comma-separated")
 _METHOD = flags.DEFINE_list("method", ["unigist"], f"which of {', '.join(METHODS)}, comma-separated")
 _OUTPUT = flags.DEFINE_string("output", None, "directory of the results (default: WORKDIR/eval)")
-_RATIO = flags.DEFINE_integer("ratio", None, "another ratio than the run's; the window becomes its next multiple")
+_RATIO = flags.DEFINE_integer("ratio", None, "another ratio; the window becomes its next multiple", lower_bound=1)
 _ROWS = flags.DEFINE_integer("rows", 64, "perplexity: held-out rows", lower_bound=1)
 _LENGTH = flags.DEFINE_integer("length", 512, "boundary and recall: tokens of a document or record", lower_bound=8)
 _DOCUMENTS = flags.DEFINE_integer("documents", 32, "boundary: held-out documents", lower_bound=1)
@@ -41,15 +43,18 @@ _BATCH = flags.DEFINE_integer("batch_size", 8, "sequences at a time", lower_boun
 
 
 def main(_: list[str]) -> None:
-    for name, chosen, known in (("suite", _SUITE.value, SUITES), ("method", _METHOD.value, METHODS)):
-        unknown = sorted(set(chosen) - set(known))
+    choices = ("suite", _SUITE.value, SUITES), ("method", _METHOD.value, METHODS), ("kinds", _KINDS.value, RECALL_KINDS)
+    for name, chosen, known in choices:
+        unknown = sorted(set(chosen or ()) - set(known))
         if unknown:
             raise ValueError(f"--{name}: unknown {unknown}; choose among {sorted(known)}")
     run, model, step = load_trained(_WORKDIR.value)
     tokenizer = Tokenizer.load(Path(_WORKDIR.value) / TOKENIZER_FILE)
     ratio = _RATIO.value or run.gist.ratio
     layout = GistLayout(ratio, run.gist.num_sinks, -(-run.gist.window // ratio) * ratio)
-    layout.num_units(_LENGTH.value)
+    if {"boundary", "recall"} & set(_SUITE.value):
+        layout.num_units(_LENGTH.value)
+        check_chunk_size(_CHUNK_SIZE.value, layout)
     directory = output_directory(_OUTPUT.value, _WORKDIR.value, "eval")
     setting = {"workdir": _WORKDIR.value, "step": step, "ratio": layout.ratio, "window": layout.window}
     suites = {"perplexity": _perplexity, "boundary": _boundary, "recall": _recall}
@@ -71,7 +76,8 @@ def _perplexity(run, model, tokenizer, layout, directory) -> dict:
         results[method] = perplexity.packed_perplexity(
             model, rows, attention=attention, batch_size=_BATCH.value, layout=layout
         )
-        print(f"held-out perplexity, {method}: {results[method]['perplexity']:.3f} on {results[method]['targets']} tokens")
+        result = results[method]
+        print(f"held-out perplexity, {method}: {result['perplexity']:.3f} on {result['targets']:,.0f} tokens")
     return {"methods": results}
 
 
@@ -83,21 +89,23 @@ def _boundary(run, model, tokenizer, layout, directory) -> dict:
     documents = perplexity.long_documents(texts, tokenizer, _LENGTH.value, _DOCUMENTS.value)
     chunk, curves, results = _CHUNK_SIZE.value, {}, {}
     for method in _METHOD.value:
-        losses = perplexity.losses_by_position(
+        by_position = functools.partial(
+            perplexity.losses_by_position,
             model,
             documents,
             attention=_attention(method),
-            chunk_size=None if method == "full" else chunk,
             layout=layout,
             batch_size=_BATCH.value,
         )
+        losses = by_position(chunk_size=None if method == "full" else chunk)
         curves[method] = perplexity.bucketed(losses, _BUCKET.value)
         results[method] = curves[method] | {"loss": float(losses.mean())}
         line = f"loss over {len(documents)} documents of {_LENGTH.value} tokens, {method}: {losses.mean():.4f} nats"
         if method != "full":
-            jump = perplexity.border_jump(losses, chunk, reach=min(16, chunk // 2))
-            results[method]["border_jump"] = jump
-            line += f"; after chunk borders {jump:+.4f}"
+            jump = perplexity.border_jump(losses, chunk, reach=max(1, min(16, chunk // 2)))
+            difference = float(abs(losses - by_position(chunk_size=None)).max())
+            results[method] |= {"border_jump": jump, "largest_difference_to_one_pass": difference}
+            line += f"; after chunk borders {jump:+.4f}; from one pass at most {difference:.1e}"
         print(line)
     plots.plot_by_position(curves, chunk, directory / "boundary.png")
     return {"chunk_size": chunk, "documents": len(documents), "length": _LENGTH.value, "methods": results}

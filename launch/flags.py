@@ -5,14 +5,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from absl import app, flags, logging
 
 _PLATFORM = flags.DEFINE_string("platform", None, "jax platform to run on: cpu, gpu, tpu (default: what jax finds)")
+flags.disclaim_key_flags()  # what the functions below define belongs to the command that calls them, and to its --help
 
 
 def run_main(main: Callable[[list[str]], None]) -> None:
-    """`app.run` for a command. A ValueError or missing file ends it with its message and exit code 2, no traceback."""
+    """`app.run` for a command. A ValueError or a file error ends it with its message and exit code 2, no traceback."""
+    flags.adopt_module_key_flags(sys.modules[__name__])
 
     def wrapped(argv: list[str]) -> None:
         if len(argv) > 1:
@@ -25,13 +28,29 @@ def run_main(main: Callable[[list[str]], None]) -> None:
             logging.set_verbosity(logging.WARNING)
         try:
             main(argv)
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, OSError) as error:
             if logging.level_debug():
                 raise
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+            _fail(error)
 
-    app.run(wrapped)
+    app.run(wrapped, flags_parser=_parse)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """absl's parser, but for a config field that does not exist: config_flags lets Python's own error through."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError) as error:
+        if not any(arg.startswith("--config.") for arg in argv):
+            raise
+        while error.args and isinstance(error.args[0], Exception):
+            error = error.args[0]
+        _fail(f"there is no config field {error.args[0]}")
+
+
+def _fail(error: object) -> NoReturn:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(2)
 
 
 def define_workdir() -> flags.FlagHolder[str]:

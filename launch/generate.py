@@ -1,7 +1,7 @@
 """Continues a prompt from the compressed cache, token by token, and tells what the cache holds.
 
-  python -m launch.generate --workdir=runs/tiny --prompt="def main(argv):" --max_new_tokens=100
-  python -m launch.generate --workdir=runs/tiny --prompt_file=long.py --temperature=0.8 --top_p=0.95
+python -m launch.generate --workdir=runs/tiny --prompt="def main(argv):" --max_new_tokens=100
+python -m launch.generate --workdir=runs/tiny --prompt_file=long.py --temperature=0.8 --top_p=0.95
 """
 
 from __future__ import annotations

@@ -21,7 +21,9 @@ from unigist_jax.training.loop import train
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config()", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run: config, tokenizer, metrics, checkpoints")
 _INIT_FROM = flags.DEFINE_string("init_from", None, "HF Llama checkpoint directory to begin with (default: random)")
-_STOP_AT_STEP = flags.DEFINE_integer("stop_at_step", None, "save and end after this step, to go on later", lower_bound=1)
+_STOP_AT_STEP = flags.DEFINE_integer(
+    "stop_at_step", None, "save and end after this step, to go on later", lower_bound=1
+)
 _TENSORBOARD = flags.DEFINE_bool("tensorboard", True, "write TensorBoard events too, if tensorboardX is installed")
 _PROGRESS = flags.DEFINE_bool("progress", True, "show a progress bar")
 _COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0, for several processes")
@@ -42,7 +44,7 @@ def main(_: list[str]) -> None:
     run = RunConfig.from_dict(_CONFIG.value.to_dict())
     if _COORDINATOR.value:
         jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         jax.distributed.initialize()
     logging.info("%d processes, devices %s", jax.process_count(), jax.devices())
     train(

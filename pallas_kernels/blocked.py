@@ -49,8 +49,8 @@ def interval_attention(
 ) -> Float[Array, "B P Hq D"]:
     """Softmax attention of each row over the union of its intervals in every source.
 
-    Scores and accumulation are float32; products of bf16 or fp16 operands run in their own dtype. A row that sees no key
-    gives zeros. Differentiable in reverse mode with respect to q, k and v.
+    Scores and accumulation are float32; products of bf16 or fp16 operands run in their own dtype. A row that sees no
+    key gives zeros. Differentiable in reverse mode with respect to q, k and v.
     """
     batch, length, _, dim = q.shape
     if length == 0:
@@ -116,7 +116,9 @@ def _forward(block, q, k, v, rows):
             weights = jnp.exp(scores - safe[..., None])
             shrink = jnp.exp(maximum - safe)
             v_tile = jax.lax.dynamic_slice_in_dim(v, index * block.k, block.k, axis=1)
-            update = jnp.einsum("bhaqk,bkhd->bhaqd", weights.astype(v.dtype), v_tile, preferred_element_type=jnp.float32)
+            update = jnp.einsum(
+                "bhaqk,bkhd->bhaqd", weights.astype(v.dtype), v_tile, preferred_element_type=jnp.float32
+            )
             return new_maximum, total * shrink + weights.sum(-1), acc * shrink[..., None] + update
 
         batch, size, heads, group, dim = q_tile.shape

@@ -78,6 +78,4 @@ def decode_attention(
         return jnp.concatenate([jnp.broadcast_to(sinks, (q.shape[0], *sinks.shape)), gists, raws], axis=1)
 
     with jax.named_scope("decode_attention_reference"):
-        return masked_attention(
-            q, keys(kv.sink_k, kv.gist_k, kv.raw_k), keys(kv.sink_v, kv.gist_v, kv.raw_v), mask
-        )
+        return masked_attention(q, keys(kv.sink_k, kv.gist_k, kv.raw_k), keys(kv.sink_v, kv.gist_v, kv.raw_v), mask)

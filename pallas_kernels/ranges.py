@@ -43,7 +43,7 @@ def source_ranges(
     first_raw_unit: int | jax.Array,
     starts: UnitStarts,
 ) -> SourceRanges:
-    """Ranges of a gist-shifted segment's rows in the sinks, the gists, and the raws (which begin at `first_raw_unit`)."""
+    """Ranges of a gist-shifted segment's rows in sinks, gists, and raws (which begin at unit `first_raw_unit`)."""
     ranges = segment_ranges(layout, num_units, jnp.asarray(first_unit, jnp.int32), starts)
     gist_lo, gist_hi, raw_lo, raw_hi = (x.reshape(-1, x.shape[-1]) for x in ranges)
     offset = jnp.asarray(first_raw_unit, jnp.int32) * layout.ratio

@@ -81,6 +81,4 @@ def gist_attention_reference(q, kv, layout, first_unit, first_raw_unit, starts) 
         sinks = jnp.broadcast_to(sinks, (batch, *sinks.shape))
         return jnp.concatenate([x.astype(jnp.float32) for x in (sinks, gists, raws)], axis=1)
 
-    return masked_attention(
-        q, keys(kv.sink_k, kv.gist_k, kv.raw_k), keys(kv.sink_v, kv.gist_v, kv.raw_v), mask
-    )
+    return masked_attention(q, keys(kv.sink_k, kv.gist_k, kv.raw_k), keys(kv.sink_v, kv.gist_v, kv.raw_v), mask)

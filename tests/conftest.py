@@ -1,7 +1,7 @@
 """Before anything imports the packages: eight virtual CPU devices, a quick compiler, and checked annotations.
 
-The tests compile many programs and run each for an instant, so XLA skips LLVM's costly passes. jaxtyping's annotations are
-checked by beartype here and nowhere else.
+The tests compile many programs and run each for an instant, so XLA skips LLVM's costly passes. jaxtyping's annotations
+are checked by beartype here and nowhere else.
 """
 
 import os
@@ -16,7 +16,7 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 
-from jaxtyping import install_import_hook  # noqa: E402
+from jaxtyping import install_import_hook
 
 install_import_hook(["unigist_jax", "pallas_kernels"], "beartype.beartype")
 

@@ -100,7 +100,7 @@ def test_another_ratio_than_the_model_s_keeps_the_invariant():
 
 
 def test_a_raw_that_left_the_window_is_gone():
-    """Its only trace is its gist: with the window's raws alike, other gists make other logits, other old raws do not."""
+    """The ring is too short to hold it, and blanking the gists' values changes what comes next: they are its trace."""
     layout = LAYOUTS[0]
     tokens, _ = one_pass(layout, units_past_window(layout))
     model = model_of(layout)

@@ -110,7 +110,11 @@ def test_numpy_and_traced_jax_agree(layout, ids):
     def traced(ids, first_unit):
         doc_start = document_starts(ids)
         starts = unit_starts(layout, 4, first_unit, doc_start)
-        return doc_start, segment_ranges(layout, 4, first_unit, starts), segment_positions(layout, 4, first_unit, doc_start)
+        return (
+            doc_start,
+            segment_ranges(layout, 4, first_unit, starts),
+            segment_positions(layout, 4, first_unit, doc_start),
+        )
 
     doc_start = document_starts(ids)
     expected = (

@@ -35,7 +35,9 @@ def assert_trees_close(got, want, rtol):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * float(jnp.abs(b).max()))
 
 
-@pytest.mark.parametrize("choice", [dict(remat="full"), dict(remat="dots"), dict(attention_backend="reference")], ids=str)
+@pytest.mark.parametrize(
+    "choice", [dict(remat="full"), dict(remat="dots"), dict(attention_backend="reference")], ids=str
+)
 def test_choices_that_change_only_cost(choice):
     step = jax.jit(jax.value_and_grad(loss_of))
     assert_trees_close(step(model_with(**choice), TOKENS), step(model_with(), TOKENS), rtol=2e-5)
@@ -91,7 +93,9 @@ def test_raws_outside_the_window_are_seen_only_through_gists():
 
 
 def test_dtypes_and_rope_scaling():
-    model = model_with(dtype="bfloat16", param_dtype="bfloat16", rope_scaling=RopeScaling(original_max_position_embeddings=8))
+    model = model_with(
+        dtype="bfloat16", param_dtype="bfloat16", rope_scaling=RopeScaling(original_max_position_embeddings=8)
+    )
     assert {x.dtype for x in jax.tree.leaves(model)} == {jnp.dtype("bfloat16")}
     assert jax.eval_shape(model.hidden_states, TOKENS).dtype == jnp.bfloat16
     assert logits_of(model, TOKENS).dtype == jnp.float32

@@ -1,7 +1,7 @@
 """The run config: what `configs/*.py` may set, its defaults, and its checks.
 
 A config file returns an `ml_collections.ConfigDict` from `get_config()`, usually `default_config()` with a few fields
-changed. `RunConfig.from_dict` turns it into frozen dataclasses, and that is where every value is checked, before any work.
+changed. `RunConfig.from_dict` turns it into frozen dataclasses, and there every value is checked, before any work.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class DataConfig:
     Attributes:
       source: "stdlib" (the Python standard library's sources), or comma-separated .txt, .jsonl, .parquet files, folders
         or globs.
-      tokenizer: a sentencepiece model file; empty: one of `vocab_size` pieces is trained and kept in the work directory.
+      tokenizer: a sentencepiece model file; empty: one of `vocab_size` pieces is trained, and kept in the workdir.
       vocab_size: pieces of that tokenizer.
       row_length: raws of a packed row, a multiple of the ratio.
       heldout_fraction: share of the documents kept out of training, for evaluation.
@@ -54,7 +54,9 @@ class DataConfig:
     def __post_init__(self):
         _require(bool(self.source), "data.source is empty; give 'stdlib' or paths of text files")
         _require(self.row_length > 0, f"data.row_length={self.row_length} must be positive")
-        _require(0 < self.heldout_fraction < 1, f"data.heldout_fraction={self.heldout_fraction} must be between 0 and 1")
+        _require(
+            0 < self.heldout_fraction < 1, f"data.heldout_fraction={self.heldout_fraction} must be between 0 and 1"
+        )
         _require(0 <= self.recall_weight <= 1, f"data.recall_weight={self.recall_weight} must be between 0 and 1")
         _require(self.max_documents >= 0, f"data.max_documents={self.max_documents} must be at least 0 (0 reads all)")
         _require(self.recall_digits > 0, f"data.recall_digits={self.recall_digits} must be positive")
@@ -95,7 +97,15 @@ class TrainConfig:
     loss_chunk: int = 512
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "log_every", "eval_rows", "checkpoint_every", "keep_checkpoints", "loss_chunk"):
+        for name in (
+            "steps",
+            "batch_size",
+            "log_every",
+            "eval_rows",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "loss_chunk",
+        ):
             _require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be at least 1")
         _require(self.eval_every >= 0, f"train.eval_every={self.eval_every} must be at least 0 (0 never evaluates)")
 
@@ -109,7 +119,9 @@ class MeshConfig:
     tensor: int = 1
 
 
-_TINY = dict(vocab_size=0, hidden_size=128, intermediate_size=352, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32)
+_TINY = dict(
+    vocab_size=0, hidden_size=128, intermediate_size=352, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32
+)
 
 
 @dataclasses.dataclass(frozen=True)

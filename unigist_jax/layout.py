@@ -223,7 +223,7 @@ def assemble_segment(raws: Array, gists: Array, layout: GistLayout, axis: int = 
     num_units = layout.num_units(raws.shape[axis])
     if gists.shape[axis] != num_units:
         raise ValueError(
-            f"{raws.shape[axis]} raws make {num_units} units at ratio={layout.ratio}, but {gists.shape[axis]} gists given"
+            f"{raws.shape[axis]} raws make {num_units} units at ratio={layout.ratio}, but {gists.shape[axis]} gists"
         )
     return _namespace(raws, gists).concatenate([raws, gists], axis=axis)
 

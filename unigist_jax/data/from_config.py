@@ -33,7 +33,9 @@ def run_tokenizer(workdir: Path, data: DataConfig) -> Tokenizer:
         kept.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(data.tokenizer, kept)
     elif Tokenizer.load(kept).fingerprint != tokenizer.fingerprint:
-        raise ValueError(f"{kept} is another tokenizer than data.tokenizer={data.tokenizer}; use another work directory")
+        raise ValueError(
+            f"{kept} is another tokenizer than data.tokenizer={data.tokenizer}; use another work directory"
+        )
     return tokenizer
 
 

@@ -3,8 +3,8 @@
 Axis legend
   B  documents of a batch      N  documents      T  raws of a document      C  raws of a chunk
 
-By position is the boundary test: read chunk by chunk, as at inference, a method that treats chunks apart shows a jump at
-every chunk border. UniGist computes the same function for any chunking, so its curve must not know where they are.
+By position is the boundary test: read chunk by chunk, as at inference, a method that treats chunks apart jumps at every
+chunk border. UniGist computes the same function for any chunking, so its curve must not know where they are.
 """
 
 from __future__ import annotations

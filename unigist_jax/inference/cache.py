@@ -1,7 +1,8 @@
 """The compressed KV cache: a fixed-shape pytree of sinks, gists and a ring of the newest raws.
 
 Axis legend
-  B  batch      L  layers      G  gist slots      W  ring slots, W = w + r      s  sinks      Hkv KV heads      D  head dim
+  B  batch      L  layers      G  gist slots      W  ring slots, W = w + r      s  sinks
+  Hkv KV heads  D  head dim
 
 What it holds after n raws of a sequence (r = 2, w = 4, n = 9; unit 4 is in progress):
 

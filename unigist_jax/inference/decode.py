@@ -23,9 +23,7 @@ from unigist_jax.model import Llama
 from unigist_jax.model.layers import rotary
 
 
-def decode_logits(
-    model: Llama, cache: GistCache, tokens: Int32[Array, "B"]
-) -> tuple[Float[Array, "B V"], GistCache]:
+def decode_logits(model: Llama, cache: GistCache, tokens: Int32[Array, "B"]) -> tuple[Float[Array, "B V"], GistCache]:
     """`decode_step` before compilation, for use inside a larger jitted function."""
     layout = cache.layout
     rows = jnp.arange(tokens.shape[0])

@@ -64,7 +64,7 @@ def generate(
       on_token: called as `on_token(sequence, token)` for every token as it comes.
 
     Raises:
-      ValueError: for a bad prompt, chunk size or method, or if prompt and new tokens exceed the capacity; all before any
+      ValueError: for a bad prompt, chunk size or method, or if prompt and new tokens exceed the capacity; before any
         work is done.
     """
     chosen = get_method(method, model)

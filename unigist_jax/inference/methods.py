@@ -11,7 +11,7 @@ from unigist_jax.model import Llama
 
 
 class Method(NamedTuple):
-    """A method: `prefill(model, prompts, *, capacity, chunk_size, layout)` and `decode_logits(model, cache, tokens)`."""
+    """`prefill(model, prompts, *, capacity, chunk_size, layout)` and `decode_logits(model, cache, tokens)`."""
 
     prefill: Callable
     decode_logits: Callable

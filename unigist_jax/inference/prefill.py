@@ -10,7 +10,7 @@ into the cache, its queries see the cache's gists, and the raws of the k units b
   gist keys   [ cache: g0 … | the chunk's | not yet written ]      raw keys   [ ring: last k units | the chunk's ]
 
 A batch may hold prompts of different lengths. All run through the same chunks; a sequence that has ended keeps its ring
-as it was, and the gists that its padding writes are never seen: decoding rewrites slot n // r before it becomes visible.
+as it was, and the gists that its padding writes are never seen: decoding rewrites slot n // r before it is visible.
 """
 
 from __future__ import annotations
@@ -127,9 +127,7 @@ def prefill_chunk(
             kv = GistKV(cache.sink_k[index], cache.sink_v[index], gist_k, gist_v, window_k, window_v)
             first_raw_unit = first_unit - layout.window_units
             out = segment_attention(q, kv, layout, first_unit, first_raw_unit, backend=model.config.attention_backend)
-            rings = (
-                _into_ring(held, new, first_raw, newest) for held, new in ((old.raw_k, raw_k), (old.raw_v, raw_v))
-            )
+            rings = (_into_ring(held, new, first_raw, newest) for held, new in ((old.raw_k, raw_k), (old.raw_v, raw_v)))
             return out, LayerKV(gist_k, gist_v, *rings)
 
         x, layer_kv = model.layer(index)(x, angles, attend)

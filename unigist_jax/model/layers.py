@@ -76,7 +76,7 @@ class SwiGLU(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """One pre-norm decoder layer. What attends to what is the caller's: training, prefill and decoding share the layer."""
+    """One pre-norm decoder layer. What attends to what is the caller's: training, prefill, decoding share it."""
 
     def __init__(self, config: LlamaConfig, stack: tuple[int, ...] = (), *, rngs: nnx.Rngs):
         """`stack`: leading axes of every parameter; `(L,)` makes the stacked layers that `jax.lax.scan` runs over."""

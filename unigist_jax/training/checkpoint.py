@@ -101,7 +101,9 @@ def _unreadable_named(where: Path) -> Iterator[None]:
 def _named(tree: Any) -> dict[str, Any]:
     """Leaves by a readable path, in the tree's order."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): leaf for path, leaf in leaves}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): leaf for path, leaf in leaves
+    }
 
 
 def _abstract(named: dict[str, Any]) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def train(
         start = int(state.step)
         end = run.train.steps if stop_at_step is None else min(stop_at_step, run.train.steps)
 
-        train_step, eval_step = make_train_step(run), make_eval_step(run)
+        train_step, eval_step = make_train_step(run, mesh), make_eval_step(run)
         writer = MetricsWriter(workdir, start, tensorboard) if is_first else None
         if writer is not None:
             closing.callback(writer.close)
@@ -133,8 +133,8 @@ class _Reporter:
         if not math.isfinite(scalars["loss"]) or not math.isfinite(scalars["grad_norm"]):
             raise FloatingPointError(
                 f"loss is {scalars['loss']} at step {step} (grad_norm {scalars['grad_norm']}, learning_rate "
-                f"{scalars['learning_rate']}); no checkpoint holds this step. Lower optim.peak_lr or optim.clip_norm, or "
-                f"look at the data. Config: {json.dumps(self._run.to_dict())}"
+                f"{scalars['learning_rate']}); no checkpoint holds this step. Lower optim.peak_lr or optim.clip_norm, "
+                f"or look at the data. Config: {json.dumps(self._run.to_dict())}"
             )
         self._steps += 1
         self._bar.update()

@@ -35,7 +35,7 @@ class Batch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that a checkpoint holds. `step` (int32) counts finished steps; the model is a pytree of its parameters.
+    """Everything that a checkpoint holds. `step` (int32) counts finished steps; the model is a pytree of parameters.
 
     Also made of ShapeDtypeStructs or of shardings, which is why `step` is of any type.
     """
@@ -58,8 +58,10 @@ def make_state(run: RunConfig, mesh: jax.sharding.Mesh, model: Llama | None = No
     return jax.jit(fresh, out_shardings=shardings)(model)
 
 
-def make_train_step(run: RunConfig) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Float[Array, ""]]]]:
-    """The jitted step of a run: `(state, batch) -> (state, metrics)`; the state is donated.
+def make_train_step(
+    run: RunConfig, mesh: jax.sharding.Mesh
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Float[Array, ""]]]]:
+    """The jitted step of a run: `(state, batch) -> (state, metrics)`; the state is donated and stays where it lies.
 
     The loss is the mean over the batch's targets; metrics are float32 scalars: loss, grad_norm (before clipping),
     learning_rate, targets.
@@ -80,7 +82,9 @@ def make_train_step(run: RunConfig) -> Callable[[TrainState, Batch], tuple[Train
             "learning_rate": schedule(state.step),
             "targets": count,
         }
-        return TrainState(state.step + 1, optax.apply_updates(state.model, updates), opt_state), metrics
+        state = TrainState(state.step + 1, optax.apply_updates(state.model, updates), opt_state)
+        # Left to itself the compiler may choose another layout, and the second step would be compiled anew.
+        return jax.lax.with_sharding_constraint(state, tree_shardings(mesh, state)), metrics
 
     return jax.jit(train_step, donate_argnums=0)
 
