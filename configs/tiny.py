@@ -22,5 +22,5 @@ def get_config():
     config.gist.update(ratio=4, num_sinks=8, window=32)
     config.data.update(vocab_size=1024, row_length=512, recall_weight=0.25, recall_digits=4)
     config.optim.update(peak_lr=3e-3, warmup_steps=20, final_fraction=0.1)
-    config.train.update(steps=200, batch_size=8, eval_every=100, eval_rows=32, checkpoint_every=100)
+    config.train.update(steps=150, batch_size=8, eval_every=100, eval_rows=32, checkpoint_every=100)
     return config

@@ -21,6 +21,7 @@ from typing import NamedTuple
 from absl import flags
 
 from launch.flags import run_main
+from unigist_jax.config import RunConfig
 from unigist_jax.data.corpus import load_documents
 from unigist_jax.evals import plots
 from unigist_jax.inference import GistCache, full_cache_bytes
@@ -60,7 +61,7 @@ def run_command(module: str, *options: str) -> Ran:
     return Ran(shown, time.perf_counter() - began, "".join(lines))
 
 
-def long_prompt(run, path: Path) -> None:
+def long_prompt(run: RunConfig, path: Path) -> None:
     """Writes the beginning of the first held-out document that is long enough."""
     data = run.data
     texts = load_documents(data.source, split="heldout", heldout_fraction=data.heldout_fraction)["text"]
@@ -103,93 +104,114 @@ def main(_: list[str]) -> None:
     print(f"\nreport: {output / 'report.md'}")
 
 
-def write_report(output: Path, run, step: int, commands: list[Ran], curves, seconds: float) -> str:
+REPORT = """\
+# UniGist on a CPU: train, compress, evaluate, generate
+
+Python {python}, {versions}; {cores} CPU cores; {seconds:.0f} s in all.
+
+A Llama of {model.num_layers} layers of {model.hidden_size}, ratio {gist.ratio}, {gist.num_sinks} sinks, window
+{gist.window}, trained from random weights for {step} steps of {train.batch_size} rows of {data.row_length} tokens
+(seed {train.seed}) on this interpreter's standard library; {data.recall_weight:.0%} of the rows are synthetic recall
+records.
+
+## Training
+
+Loss {first_loss:.3f} at the first step, {last_loss:.3f} at the last.
+
+![loss](loss.png)
+
+## Held-out perplexity
+
+| attention | perplexity | targets |
+|---|---|---|
+{perplexity_rows}
+
+The same weights under both. They were trained with gists, so full attention is foreign to them.
+
+## Perplexity by position: the boundary test
+
+{boundary[documents]} held-out documents of {boundary[length]} tokens, read through the compressed cache in chunks of
+{boundary[chunk_size]} (full attention in one pass). Read in one pass instead, no position's loss differs by more than
+{unigist[largest_difference_to_one_pass]:.1e} nats: chunk borders do not exist for the method. (The 16 tokens after a
+border cost {unigist[border_jump]:+.3f} nats more than the 16 before; that is the text's doing.)
+
+![perplexity by position](eval/boundary.png)
+
+## Recall
+
+| records | whole answers | answer tokens |
+|---|---|---|
+{recall_rows}
+
+## KV cache
+
+Bytes as allocated for one sequence of this model.
+
+| tokens | {cache_names} |
+|---|{cache_rules}
+{cache_rows}
+
+![cache bytes](cache_bytes.png)
+
+## Text generated from a compressed prompt
+
+```
+{generated}
+```
+
+## What a model this small can and cannot do
+
+It has seen about {tokens_seen:,} tokens. It writes strings that look like Python and does not understand them. Nor has
+it learned to recall: whole answers are out of its reach, and a digit guessed at random is right one time in ten. What
+is shown is that the machinery is whole: the cache really drops raws, memory really shrinks, and chunking changes
+nothing. How well gists carry content is a question for longer training of larger models.
+
+## Commands
+
+{commands}
+"""
+
+
+def write_report(output: Path, run: RunConfig, step: int, commands: list[Ran], curves, seconds: float) -> str:
     """The report, in Markdown."""
-    results = {
-        name: json.loads((output / "eval" / f"{name}.json").read_text())
-        for name in ("perplexity", "boundary", "recall")
-    }
-    metrics = read_metrics(output / "run")
-    losses = [line["loss"] for line in metrics if "loss" in line]
-    perplexities = results["perplexity"]["methods"]
-    boundary = results["boundary"]["methods"]
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "optax"))
-    gist = run.gist
-    lines = [
-        "# UniGist on a CPU: train, compress, evaluate, generate",
-        "",
-        f"Python {platform.python_version()}, {versions}; {os.cpu_count()} CPU cores; {seconds:.0f} s in all.",
-        f"A Llama of {run.model.num_layers} layers of {run.model.hidden_size}, ratio {gist.ratio}, {gist.num_sinks} sinks, "
-        f"window {gist.window}, trained for {step} steps of {run.train.batch_size} rows of "
-        f"{run.data.row_length} tokens (seed {run.train.seed}) on this interpreter's standard library, "
-        f"{run.data.recall_weight:.0%} of the rows synthetic recall records.",
-        "",
-        "## Training",
-        "",
-        f"Loss {losses[0]:.3f} at the first step, {losses[-1]:.3f} at the last.",
-        "",
-        "![loss](loss.png)",
-        "",
-        "## Held-out perplexity",
-        "",
-        "| attention | perplexity | targets |",
-        "|---|---|---|",
-        *(f"| {name} | {r['perplexity']:.2f} | {r['targets']:,.0f} |" for name, r in perplexities.items()),
-        "",
-        "The same weights under both; they were trained with gists, so full attention is foreign to them.",
-        "",
-        "## Perplexity by position: the boundary test",
-        "",
-        f"{results['boundary']['documents']} held-out documents of {LENGTH} tokens, read through the compressed cache "
-        f"in chunks of {CHUNK} (full attention in one pass). Read in one pass instead, no position's loss differs by more "
-        f"than {boundary['unigist']['largest_difference_to_one_pass']:.1e} nats: chunk borders do not exist for the "
-        f"method. (The 16 tokens after a border cost {boundary['unigist']['border_jump']:+.3f} nats more than the 16 "
-        "before; that is the text's doing.)",
-        "",
-        "![perplexity by position](eval/boundary.png)",
-        "",
-        "## Recall",
-        "",
-        "| records | whole answers | answer tokens |",
-        "|---|---|---|",
-        *(
+
+    def result(suite):
+        return json.loads((output / "eval" / f"{suite}.json").read_text())
+
+    losses = [line["loss"] for line in read_metrics(output / "run") if "loss" in line]
+    perplexities, recalls, boundary = result("perplexity")["methods"], result("recall")["results"], result("boundary")
+    sizes = zip(*(curve for _, curve in curves.values()), strict=True)
+    return REPORT.format(
+        python=platform.python_version(),
+        versions=", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "optax")),
+        cores=os.cpu_count(),
+        seconds=seconds,
+        model=run.model,
+        gist=run.gist,
+        train=run.train,
+        data=run.data,
+        step=step,
+        first_loss=losses[0],
+        last_loss=losses[-1],
+        perplexity_rows="\n".join(
+            f"| {name} | {r['perplexity']:.2f} | {r['targets']:,.0f} |" for name, r in perplexities.items()
+        ),
+        boundary=boundary,
+        unigist=boundary["methods"]["unigist"],
+        recall_rows="\n".join(
             f"| {name} | {r['accuracy']:.2f} of {r['samples']} | {r['token_accuracy']:.2f} |"
-            for name, r in results["recall"]["results"].items()
+            for name, r in recalls.items()
         ),
-        "",
-        "## KV cache",
-        "",
-        "Bytes as allocated for one sequence of this model.",
-        "",
-        "| tokens | " + " | ".join(curves) + " |",
-        "|---|" + "---|" * len(curves),
-        *(
-            f"| {n:,} | " + " | ".join(f"{sizes[i]:,}" for _, sizes in curves.values()) + " |"
-            for i, n in enumerate(CACHE_TOKENS)
+        cache_names=" | ".join(curves),
+        cache_rules="---|" * len(curves),
+        cache_rows="\n".join(
+            f"| {tokens:,} | " + " | ".join(f"{size:,}" for size in row) + " |"
+            for tokens, row in zip(CACHE_TOKENS, sizes, strict=True)
         ),
-        "",
-        "![cache bytes](cache_bytes.png)",
-        "",
-        "## Text generated from a compressed prompt",
-        "",
-        "```",
-        commands[-1].output.rstrip(),
-        "```",
-        "",
-        "## What a model this small can and cannot do",
-        "",
-        f"It has seen about {step * run.train.batch_size * run.data.row_length:,} tokens. It writes strings that look "
-        "like Python and does not understand them. Nor has it learned to recall: whole answers are out of its reach, and "
-        "a digit guessed at random is right one time in ten. What is shown is that the machinery is whole: the cache "
-        "really drops raws, memory really shrinks, and chunking changes nothing. How well gists carry content is a "
-        "question for longer training of larger models.",
-        "",
-        "## Commands",
-        "",
-        *(f"- `{ran.command}` ({ran.seconds:.0f} s)" for ran in commands),
-        "",
-    ]
-    return "\n".join(lines)
+        generated=commands[-1].output.rstrip(),
+        tokens_seen=step * run.train.batch_size * run.data.row_length,
+        commands="\n".join(f"- `{ran.command}` ({ran.seconds:.0f} s)" for ran in commands),
+    )
 
 
 if __name__ == "__main__":
