@@ -41,7 +41,30 @@ class GistKV(NamedTuple):
     raw_v: Float[Array, "B R Hkv D"]
 
 
-BACKENDS: dict[str, Callable] = {"reference": gist_attention_reference, "blocked": gist_attention_blocked}
+def require_hopper() -> None:
+    """Raises ValueError where the Hopper kernels cannot run, naming why and what can."""
+    advice = 'use backend="blocked", which runs on any device'
+    if jax.__version_info__ < (0, 11):
+        raise ValueError(f'backend="hopper" needs jax 0.11 or later, this is {jax.__version__}; {advice}')
+    device = jax.devices()[0]
+    if device.platform != "gpu" or not str(getattr(device, "compute_capability", "")).startswith("9."):
+        raise ValueError(
+            f'backend="hopper" needs a GPU of compute capability 9.x, this is {device.device_kind}; {advice}'
+        )
+
+
+def _gist_attention_hopper(*arguments) -> Array:
+    require_hopper()
+    from pallas_kernels.hopper import gist_attention_hopper  # only where it is asked for: it needs jax's GPU dialects
+
+    return gist_attention_hopper(*arguments)
+
+
+BACKENDS: dict[str, Callable] = {
+    "reference": gist_attention_reference,
+    "blocked": gist_attention_blocked,
+    "hopper": _gist_attention_hopper,
+}
 
 
 def resolve_backend(backend: str | None) -> str:
@@ -75,14 +98,15 @@ def gist_attention(
       doc_start: int32 [B, G], first unit of each unit's document; None for one document from unit 0.
       raw_start: int32 [B, G], first unit whose raws a unit sees, in place of the sliding window `u - k`; for chunk
         windows. The document's start still cuts it.
-      backend: "reference" (dense float32 oracle), "blocked" (any device), or None to choose by platform.
+      backend: "reference" (dense float32 oracle), "blocked" (any device), "hopper" (fused kernels for compute
+        capability 9.x), or None for "blocked".
 
     Returns:
       [B, P, Hq, D] in q's dtype. Scores are scaled by D ** -0.5.
 
     Raises:
       ValueError: for shapes that do not fit each other or the layout, raws that do not reach far enough (when the units
-        are ints), or an unknown backend.
+        are ints), an unknown backend, or one that cannot run here.
     """
     name = resolve_backend(backend)
     num_units = _check(q, kv, layout, first_unit, first_raw_unit, doc_start, raw_start)

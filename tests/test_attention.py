@@ -223,6 +223,8 @@ def test_bad_arguments_are_named():
     q, kv = random_case(0, layout, 3)
     with pytest.raises(ValueError, match=r"unknown attention backend 'flash'.*blocked.*reference"):
         gist_attention(q, kv, layout, backend="flash")
+    with pytest.raises(ValueError, match=r'backend="hopper" needs .*use backend="blocked"'):
+        gist_attention(q, kv, layout, backend="hopper")
     with pytest.raises(ValueError, match=r"8 positions.*ratio \+ 1 = 3"):
         gist_attention(q[:, :8], kv, layout)
     with pytest.raises(ValueError, match="kv holds 1 sinks, the layout has num_sinks=4"):

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int32
 
 
-def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, capacity: int | None) -> Int32[np.ndarray, "B"]:
+def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, capacity: int | None) -> Int32[np.ndarray, " B"]:
     """Lengths of the prompts.
 
     Raises:

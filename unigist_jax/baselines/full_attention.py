@@ -27,7 +27,7 @@ class FullCache:
     """Keys (rotated) and values of every token in every layer, and the tokens seen by each sequence."""
 
     layers: tuple[tuple[Float[Array, "B N Hkv D"], Float[Array, "B N Hkv D"]], ...]
-    length: Int32[Array, "B"]
+    length: Int32[Array, " B"]
 
     @property
     def capacity(self) -> int:
@@ -68,7 +68,7 @@ def _one_pass(model, tokens, lengths):
     return model.logits(last)[:, 0], FullCache(tuple(layers), lengths)
 
 
-def decode_logits(model: Llama, cache: FullCache, tokens: Int32[Array, "B"]) -> tuple[Float[Array, "B V"], FullCache]:
+def decode_logits(model: Llama, cache: FullCache, tokens: Int32[Array, " B"]) -> tuple[Float[Array, "B V"], FullCache]:
     """Appends one token to every sequence; float32 logits of the next one."""
     rows, index_of = jnp.arange(tokens.shape[0]), cache.length
     angles = rotary(model.config, index_of[:, None])

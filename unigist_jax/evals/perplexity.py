@@ -69,7 +69,7 @@ def losses_by_position(
     chunk_size: int | None = None,
     layout: GistLayout | None = None,
     batch_size: int = 8,
-) -> Float[np.ndarray, "T1"]:
+) -> Float[np.ndarray, " T1"]:
     """Mean loss (nats) of the token at each position 1 … T - 1 of documents read from their beginning.
 
     Args:
@@ -97,7 +97,7 @@ def losses_by_position(
     return (total / len(documents))[:-1]
 
 
-def bucketed(losses: Float[np.ndarray, "T1"], bucket: int) -> dict[str, list[Any]]:
+def bucketed(losses: Float[np.ndarray, " T1"], bucket: int) -> dict[str, list[Any]]:
     """Perplexity of buckets of neighbouring positions: their first positions, and exp of their mean loss."""
     starts = list(range(0, len(losses), bucket))
     return {
@@ -106,7 +106,7 @@ def bucketed(losses: Float[np.ndarray, "T1"], bucket: int) -> dict[str, list[Any
     }
 
 
-def border_jump(losses: Float[np.ndarray, "T1"], chunk_size: int, reach: int) -> float:
+def border_jump(losses: Float[np.ndarray, " T1"], chunk_size: int, reach: int) -> float:
     """How much more the `reach` tokens after each chunk border cost than the `reach` before it, nats, over all borders.
 
     `losses[i]` belongs to position i + 1. Positive: the method forgets at borders.

@@ -52,7 +52,7 @@ class GistCache:
     sink_k: Float[Array, "L s Hkv D"]
     sink_v: Float[Array, "L s Hkv D"]
     layers: tuple[LayerKV, ...]
-    length: Int32[Array, "B"]
+    length: Int32[Array, " B"]
     layout: GistLayout = dataclasses.field(metadata={"static": True})
 
     @classmethod

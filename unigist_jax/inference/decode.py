@@ -23,7 +23,7 @@ from unigist_jax.model import Llama
 from unigist_jax.model.layers import rotary
 
 
-def decode_logits(model: Llama, cache: GistCache, tokens: Int32[Array, "B"]) -> tuple[Float[Array, "B V"], GistCache]:
+def decode_logits(model: Llama, cache: GistCache, tokens: Int32[Array, " B"]) -> tuple[Float[Array, "B V"], GistCache]:
     """`decode_step` before compilation, for use inside a larger jitted function."""
     layout = cache.layout
     rows = jnp.arange(tokens.shape[0])
@@ -54,7 +54,7 @@ def decode_logits(model: Llama, cache: GistCache, tokens: Int32[Array, "B"]) -> 
 
 
 @partial(jax.jit, donate_argnames=("cache",))
-def decode_step(model: Llama, cache: GistCache, tokens: Int32[Array, "B"]) -> tuple[Float[Array, "B V"], GistCache]:
+def decode_step(model: Llama, cache: GistCache, tokens: Int32[Array, " B"]) -> tuple[Float[Array, "B V"], GistCache]:
     """Appends one raw token to every sequence.
 
     Args:

@@ -91,7 +91,7 @@ def prefill_chunk(
     cache: GistCache,
     tokens: Int32[Array, "B C"],
     first_unit: Int32[Array, ""],
-    lengths: Int32[Array, "B"],
+    lengths: Int32[Array, " B"],
 ) -> tuple[Float[Array, "B C E"], GistCache]:
     """Reads one chunk of whole units that begins at unit `first_unit`.
 

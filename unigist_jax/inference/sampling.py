@@ -55,7 +55,7 @@ def filtered_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Ar
     return logits
 
 
-def sample(logits: Float[Array, "B V"], sampling: Sampling, key: Key[Array, ""]) -> Int32[Array, "B"]:
+def sample(logits: Float[Array, "B V"], sampling: Sampling, key: Key[Array, ""]) -> Int32[Array, " B"]:
     """The next token of each sequence."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)

@@ -39,7 +39,7 @@ def rotary_frequencies(config: LlamaConfig) -> np.ndarray:
     return ((1 - kept) * frequencies / scaling.factor + kept * frequencies).astype(np.float32)
 
 
-def rotary(config: LlamaConfig, positions: Int[Any, "P"] | Int[Any, "B P"]) -> Rotary:
+def rotary(config: LlamaConfig, positions: Int[Any, " P"] | Int[Any, "B P"]) -> Rotary:
     """Rotary angles at `positions`."""
     positions = jnp.atleast_2d(positions)
     angles = positions[..., None].astype(jnp.float32) * rotary_frequencies(config)

@@ -1,0 +1,51 @@
+"""Block sizes of the Hopper kernels, in one table by (head dim, ratio, length).
+
+`python -m launch.bench_attention --tune` measures the candidates and prints the rows to put here.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class ForwardBlocks(NamedTuple):
+    """Keys of a key tile, key tiles in flight, and query tiles that a block takes one after another."""
+
+    keys: int = 128
+    stages: int = 2
+    items: int = 4
+
+
+class BackwardBlocks(NamedTuple):
+    """Query tiles in flight, heads whose blocks interleave, and whether additions to dQ happen in a fixed order."""
+
+    stages: int = 2
+    heads: int = 4
+    deterministic: bool = True
+
+
+# (head dim, ratios it holds for or None for all, shortest length in raws) -> blocks; the last row that fits wins
+FORWARD: tuple[tuple[int, tuple[int, ...] | None, int, ForwardBlocks], ...] = (
+    (64, None, 0, ForwardBlocks(items=4)),
+    (128, None, 0, ForwardBlocks(items=4)),
+    (128, (2, 4), 24576, ForwardBlocks(items=2)),
+)
+BACKWARD: tuple[tuple[int, tuple[int, ...] | None, int, BackwardBlocks], ...] = (
+    (64, None, 0, BackwardBlocks(heads=4)),
+    (128, None, 0, BackwardBlocks(heads=4)),
+)
+
+
+def _pick(table, dim: int, ratio: int, length: int):
+    fits = [row[3] for row in table if row[0] == dim and (row[1] is None or ratio in row[1]) and length >= row[2]]
+    return fits[-1]
+
+
+def forward_blocks(dim: int, ratio: int, length: int) -> ForwardBlocks:
+    """Blocks of the forward kernel for a head dim, a ratio and a context of `length` raws."""
+    return _pick(FORWARD, dim, ratio, length)
+
+
+def backward_blocks(dim: int, ratio: int, length: int) -> BackwardBlocks:
+    """Blocks of the backward kernel for a head dim, a ratio and a context of `length` raws."""
+    return _pick(BACKWARD, dim, ratio, length)

@@ -1,0 +1,99 @@
+"""The Hopper backend of gist attention: its limits, the padding, and the pairing of forward and backward kernels.
+
+Axis legend
+  B   batch                 Hq  query heads, Hkv  KV heads, D  head dim
+  U   units of the segment, P = (r + 1) * U positions [ raws | gists ]; each part is padded inside to a multiple of 128
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.hopper.backward import gist_attention_backward
+from pallas_kernels.hopper.blocks import BackwardBlocks, ForwardBlocks, backward_blocks, forward_blocks
+from pallas_kernels.hopper.forward import gist_attention_forward
+from pallas_kernels.hopper.plan import log_sum_exp_of_rows, row_intervals, segment_of
+from unigist_jax.layout import GistLayout, UnitStarts
+
+DTYPES = (jnp.bfloat16, jnp.float16)
+HEAD_DIMS = (64, 128)
+RATIOS = (2, 4, 8, 16, 32)
+
+
+def check_supported(q, kv, layout: GistLayout) -> None:
+    """Raises ValueError for what the Hopper kernels do not compute, naming the backend that does."""
+    advice = 'use backend="blocked", which runs on any device'
+    dtypes = {jnp.dtype(x.dtype) for x in (q, *kv)}
+    if len(dtypes) > 1 or not dtypes <= {jnp.dtype(x) for x in DTYPES}:
+        names = ", ".join(sorted(x.name for x in dtypes))
+        raise ValueError(f"the hopper backend takes q and kv all in bfloat16 or all in float16, got {names}; {advice}")
+    if q.shape[-1] not in HEAD_DIMS:
+        raise ValueError(f"the hopper backend takes head dims {HEAD_DIMS}, got {q.shape[-1]}; {advice}")
+    if layout.ratio not in RATIOS:
+        raise ValueError(f"the hopper backend takes ratios {RATIOS}, got {layout.ratio}; {advice}")
+
+
+def gist_attention_hopper(
+    q: Float[Array, "B P Hq D"],
+    kv,
+    layout: GistLayout,
+    first_unit: int | jax.Array,
+    first_raw_unit: int | jax.Array,
+    starts: UnitStarts,
+    deterministic: bool = True,
+    blocks: tuple[ForwardBlocks, BackwardBlocks] | None = None,
+) -> Float[Array, "B P Hq D"]:
+    """Hopper form of `pallas_kernels.gist_attention.gist_attention`; same arguments, `starts` per unit of the segment.
+
+    Differentiable in reverse mode with respect to q and kv.
+
+    Args:
+      deterministic: False lets the backward pass add to q's gradient in any order, which is faster.
+      blocks: block sizes in place of those of the table in blocks.py.
+
+    Raises:
+      ValueError: for a dtype, head dim or ratio that the kernels do not take.
+    """
+    check_supported(q, kv, layout)
+    if q.shape[1] == 0:
+        return q
+    segment = segment_of(layout, q.shape[1])
+    if blocks is None:
+        key = q.shape[-1], layout.ratio, kv.gist_k.shape[1] * layout.ratio
+        blocks = forward_blocks(*key), backward_blocks(*key)
+    blocks = blocks[0], blocks[1]._replace(deterministic=deterministic)
+    kv = type(kv)(*(pad_keys(x) for x in kv))
+    intervals = row_intervals(layout, segment, first_unit, first_raw_unit, starts)
+    regular = starts.gist_start.ndim == 1
+    return segment.unpad(_attend(layout, blocks, segment, regular, segment.pad(q), kv, intervals))
+
+
+def pad_keys(x: Float[Array, "*B N Hkv D"]) -> Array:
+    """Keys or values with N a multiple of 8, as the copy engine's tiles want it; no row sees the padding."""
+    widths = [(0, 0)] * x.ndim
+    widths[-3] = (0, -x.shape[-3] % 8)
+    return jnp.pad(x, widths) if widths[-3][1] else x
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _attend(layout, blocks, segment, regular, q, kv, intervals):
+    return gist_attention_forward(q, kv, layout, segment, intervals, blocks[0], regular)[0]
+
+
+def _attend_forward(layout, blocks, segment, regular, q, kv, intervals):
+    out, lse = gist_attention_forward(q, kv, layout, segment, intervals, blocks[0], regular)
+    return out, (q, kv, intervals, out, lse)
+
+
+def _attend_backward(layout, blocks, segment, regular, residuals, d_out):
+    q, kv, intervals, out, lse = residuals
+    lse = log_sum_exp_of_rows(segment, lse)
+    d_q, d_kv = gist_attention_backward(q, kv, out, lse, d_out, layout, segment, intervals, blocks[1])
+    return d_q, d_kv, jax.tree.map(lambda _: None, intervals)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)

@@ -1,0 +1,203 @@
+"""What each tile visits: small integer tables, computed from the rows' intervals before the kernels run.
+
+Axis legend
+  P   query rows, padded: [ raws, up to a multiple of `TILE_MULTIPLE` | gists, likewise ]
+  M   query tiles of `rows` rows; raw tiles come first, and no tile holds both kinds
+  N   key tiles of `keys` keys of one source (sinks, gists or raws)
+  S   1 or B: the tables have no batch axis to speak of unless documents or windows differ between sequences
+
+In each source every row sees one interval `[lo, hi)` (see `pallas_kernels.ranges`), so a query tile sees key tiles
+`[first, last)`, and inside them `[full_first, full_last)` without a mask:
+
+             key tiles of one source
+  a tile   [ .  .  ▒  █  █  █  █  ▒  .  . ]      ▒ masked: two integer compares    █ not masked    . never read
+                   │  └ full_first  │  └ last
+                   └ first          └ full_last
+
+The tables hold O(T / tile) integers; nothing here has both a query and a key axis.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.ranges import RowRanges, source_ranges
+from unigist_jax.layout import GistLayout, UnitStarts
+
+TILE_MULTIPLE = 128
+FAR = np.int32(2**30)
+
+
+class Segment(NamedTuple):
+    """Sizes of a gist-shifted segment and of its padded copy."""
+
+    num_raws: int
+    num_gists: int
+
+    @property
+    def raw_rows(self) -> int:
+        """Rows of the padded raws."""
+        return -(-self.num_raws // TILE_MULTIPLE) * TILE_MULTIPLE
+
+    @property
+    def rows(self) -> int:
+        """Rows of the padded segment."""
+        return self.raw_rows + -(-self.num_gists // TILE_MULTIPLE) * TILE_MULTIPLE
+
+    def pad(self, x: Array, axis: int = 1) -> Array:
+        """`[raws | gists]` along `axis` with each part padded by zeros; x itself where nothing is to pad."""
+        if x.shape[axis] == self.rows:
+            return x
+        parts = jnp.split(x, [self.num_raws], axis=axis)
+        widths = self.raw_rows, self.rows - self.raw_rows
+
+        def to(part, width):
+            pads = [(0, 0)] * part.ndim
+            pads[axis] = (0, width - part.shape[axis])
+            return jnp.pad(part, pads)
+
+        return jnp.concatenate([to(p, w) for p, w in zip(parts, widths, strict=True)], axis=axis)
+
+    def unpad(self, x: Array, axis: int = 1) -> Array:
+        """The inverse of `pad`."""
+        if self.num_raws + self.num_gists == self.rows:
+            return x
+        raws = jax.lax.slice_in_dim(x, 0, self.num_raws, axis=axis)
+        gists = jax.lax.slice_in_dim(x, self.raw_rows, self.raw_rows + self.num_gists, axis=axis)
+        return jnp.concatenate([raws, gists], axis=axis)
+
+
+class RowIntervals(NamedTuple):
+    """Visible gists and raws of each padded row; padded rows see nothing. int32 [S, P]."""
+
+    gist_lo: Int32[Array, "S P"]
+    gist_hi: Int32[Array, "S P"]
+    raw_lo: Int32[Array, "S P"]
+    raw_hi: Int32[Array, "S P"]
+
+
+class TileBounds(NamedTuple):
+    """Key tiles of one source that each query tile visits, and those it visits unmasked. int32 [S, M]."""
+
+    first: Int32[Array, "S M"]
+    full_first: Int32[Array, "S M"]
+    full_last: Int32[Array, "S M"]
+    last: Int32[Array, "S M"]
+
+
+def segment_of(layout: GistLayout, num_positions: int) -> Segment:
+    """Sizes of a segment of `num_positions` rows."""
+    units = layout.segment_units(num_positions)
+    return Segment(units * layout.ratio, units)
+
+
+def row_intervals(
+    layout: GistLayout,
+    segment: Segment,
+    first_unit: int | jax.Array,
+    first_raw_unit: int | jax.Array,
+    starts: UnitStarts,
+) -> RowIntervals:
+    """The intervals of every padded row, from the closed forms that all backends share."""
+    ranges = source_ranges(layout, segment.num_gists, layout.num_sinks, first_unit, first_raw_unit, starts)
+    rows = jnp.broadcast_arrays(*(x.astype(jnp.int32) for x in (*ranges.gists, *ranges.raws)))
+    return RowIntervals(*(segment.pad(x) for x in rows))
+
+
+def _valid_rows(segment: Segment) -> np.ndarray:
+    row = np.arange(segment.rows)
+    return (row < segment.num_raws) | ((row >= segment.raw_rows) & (row < segment.raw_rows + segment.num_gists))
+
+
+def tile_bounds(segment: Segment, rows: RowRanges, tile: int, keys: int) -> TileBounds:
+    """Bounds of each tile of `tile` query rows in a source cut into tiles of `keys` keys."""
+
+    def per_tile(x, reduce):
+        return reduce(x.reshape(x.shape[0], -1, tile), axis=-1)
+
+    valid = _valid_rows(segment)
+    seen = (rows.lo < rows.hi) & valid
+    last_key = per_tile(jnp.where(seen, rows.hi, 0), jnp.max)
+    first_key = jnp.minimum(per_tile(jnp.where(seen, rows.lo, FAR), jnp.min), last_key)
+    first, last = first_key // keys, -(-last_key // keys)
+    full_first = -(-per_tile(jnp.where(valid, rows.lo, 0), jnp.max) // keys)
+    full_last = per_tile(jnp.where(valid, rows.hi, FAR), jnp.min) // keys
+    full_first = jnp.clip(full_first, first, last)
+    return TileBounds(first, full_first, jnp.clip(full_last, full_first, last), last)
+
+
+def heavy_first(layout: GistLayout, segment: Segment, tile: int) -> np.ndarray:
+    """Query tiles from the heaviest to the lightest, int32 [M]: by the gists a one-document segment would show them."""
+    raw_tiles = np.arange(segment.raw_rows // tile)
+    gist_tiles = np.arange((segment.rows - segment.raw_rows) // tile)
+    weight = np.concatenate([(raw_tiles + 1) * tile / layout.ratio, (gist_tiles + 1) * tile + tile])
+    return np.argsort(-weight, kind="stable").astype(np.int32)
+
+
+def forward_table(
+    layout: GistLayout, segment: Segment, intervals: RowIntervals, tile: int, keys: int, regular: bool
+) -> Int32[Array, "S M 16"]:
+    """One line a query tile, heavy tiles first: the tile, then `TileBounds` of gists and of raws.
+
+    Args:
+      regular: every tile sees all gists before it, so that the order is known beforehand; else it is sorted out here.
+    """
+    gists = tile_bounds(segment, RowRanges(intervals.gist_lo, intervals.gist_hi), tile, keys)
+    raws = tile_bounds(segment, RowRanges(intervals.raw_lo, intervals.raw_hi), tile, keys)
+    order = jnp.broadcast_to(heavy_first(layout, segment, tile), gists.first.shape)
+    if not regular:
+        order = jnp.argsort(-(gists.last - gists.first + raws.last - raws.first), axis=1).astype(jnp.int32)
+    columns = [order, *(jnp.take_along_axis(x, order, axis=1) for x in (*gists, *raws))]
+    columns += [jnp.zeros_like(order)] * (16 - len(columns))
+    return jnp.stack(columns, axis=-1)
+
+
+def _monotone(segment: Segment, bounds: TileBounds, tile: int) -> tuple[jax.Array, jax.Array]:
+    """`first` and `last` of each query tile, widened so that neither falls along the raws nor along the gists."""
+    split = segment.raw_rows // tile
+
+    def part(at):
+        first, last = bounds.first[:, at], bounds.last[:, at]
+        begin = jax.lax.cummin(jnp.where(first < last, first, FAR), axis=1, reverse=True)
+        return begin, jax.lax.cummax(last, axis=1)
+
+    parts = zip(part(slice(None, split)), part(slice(split, None)), strict=True)
+    return tuple(jnp.concatenate(pair, axis=1) for pair in parts)
+
+
+def visitors(segment: Segment, bounds: TileBounds, num_key_tiles: int, tile: int) -> Int32[Array, "S N 4"]:
+    """For each key tile the query tiles that visit it: `[raw_first, raw_last)`, then `[gist_first, gist_last)`.
+
+    Each is one range; a query tile inside it that sees none of the keys finds all of them masked.
+    """
+    split = segment.raw_rows // tile
+    begin, reach = _monotone(segment, bounds, tile)
+
+    def count(values):
+        """How many of `values` are at most n, for each key tile n. (A binary search would be a loop on the host.)"""
+        bins = jnp.clip(values, 0, num_key_tiles)
+        counts = jnp.zeros((len(values), num_key_tiles + 1), jnp.int32)
+        counts = counts.at[jnp.arange(len(values))[:, None], bins].add(1)
+        return jnp.cumsum(counts, axis=1)[:, :num_key_tiles]
+
+    columns = []
+    for at, base in ((slice(None, split), 0), (slice(split, None), split)):
+        start, stop = count(reach[:, at]), count(begin[:, at])
+        columns += [base + start, base + jnp.maximum(start, stop)]
+    return jnp.stack(columns, axis=-1)
+
+
+def query_table(segment: Segment, bounds: TileBounds, tile: int) -> Int32[Array, "S M 4"]:
+    """For each query tile the first key tile that visits it, then the range of key tiles that need no mask."""
+    begin, _ = _monotone(segment, bounds, tile)
+    return jnp.stack([begin, bounds.full_first, bounds.full_last, jnp.zeros_like(begin)], axis=-1)
+
+
+def log_sum_exp_of_rows(segment: Segment, lse: Float[Array, "B Hq P"]) -> Float[Array, "B Hq P"]:
+    """The log-sum-exp with padded rows set so high that their weights vanish in the backward pass."""
+    return jnp.where(_valid_rows(segment), lse, np.float32(2**30))
