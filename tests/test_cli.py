@@ -1,0 +1,245 @@
+"""The commands: help, bad input, and the way from a corpus to a trained, evaluated, generating model.
+
+Each command runs in a process of its own, as `python -m launch.NAME` would; the processes are forked from one that has
+imported the libraries already, which saves seconds each.
+"""
+
+import ast
+import json
+import multiprocessing
+import os
+import re
+import runpy
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = sorted(
+    path.stem
+    for path in (ROOT / "launch").glob("*.py")
+    if path.stem != "bench_attention" and '__name__ == "__main__"' in path.read_text()
+)
+LIBRARIES = ("jax", "flax.nnx", "optax", "orbax.checkpoint", "datasets", "sentencepiece", "matplotlib.figure", "grain")
+TIMEOUT = 200
+
+CONFIG = """
+from unigist_jax.config import default_config
+
+def get_config():
+    config = default_config()
+    config.model.update(
+        hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, dtype="float32",
+    )
+    config.gist.update(ratio=4, num_sinks=2, window=8)
+    config.data.update(source={source!r}, vocab_size=320, row_length=64, heldout_fraction=0.3)
+    config.optim.update(peak_lr=1e-2, warmup_steps=2)
+    config.train.update(steps=4, batch_size=4, eval_every=4, eval_rows=4, checkpoint_every=4)
+    return config
+"""
+
+
+class Finished(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def run_in_child(name, arguments, out, err):
+    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    for descriptor, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+    os.chdir(ROOT)
+    sys.path.insert(0, str(ROOT))
+    sys.argv[1:] = arguments
+    runpy.run_module(f"launch.{name}", run_name="__main__", alter_sys=True)
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    """`command(name, *arguments)` runs one to its end."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(LIBRARIES))
+    folder = tmp_path_factory.mktemp("output")
+    numbers = iter(range(1000))
+
+    def run(name, *arguments):
+        number = next(numbers)
+        out, err = folder / f"{number}.out", folder / f"{number}.err"
+        process = context.Process(target=run_in_child, args=(name, [str(a) for a in arguments], str(out), str(err)))
+        process.start()
+        process.join(TIMEOUT)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        assert out.exists() and err.exists(), f"{name} did not start, exit code {process.exitcode}"
+        return Finished(process.exitcode, out.read_text(), err.read_text())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("config")
+    rng = np.random.default_rng(0)
+    (folder / "corpus").mkdir()
+    for index in range(12):
+        words = [f"w{number:x}" for number in rng.integers(0, 400, size=rng.integers(20, 700))]
+        (folder / "corpus" / f"{index}.txt").write_text(f"document {index}\n\n" + " ".join(words) + "\n")
+    (folder / "config.py").write_text(CONFIG.format(source=str(folder / "corpus")))
+    return folder / "config.py"
+
+
+@pytest.fixture(scope="module")
+def trained(command, config_file, tmp_path_factory):
+    """The work directory of a finished run, and what the command said."""
+    workdir = tmp_path_factory.mktemp("trained")
+    finished = command("train", f"--config={config_file}", f"--workdir={workdir}", "--platform=cpu")
+    assert finished.code == 0, finished.err
+    return workdir, finished
+
+
+def own_flags(name):
+    """Names of the flags that the command's source defines."""
+    nodes = ast.walk(ast.parse((ROOT / "launch" / f"{name}.py").read_text()))
+    calls = [node for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    return {call.args[0].value for call in calls if call.func.attr.startswith("DEFINE_")}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_names_every_flag(name, command):
+    finished = command(name, "--help")
+    assert finished.code in (0, 1)
+    text = finished.out + finished.err
+    named = set(re.findall(r"^ *(?:-\w,)?--(?:\[no\])?(\w+):", text, re.MULTILINE))
+    expected = own_flags(name) | {"platform"}
+    if "define_workdir" in (ROOT / "launch" / f"{name}.py").read_text():
+        expected.add("workdir")
+    assert named >= expected, text
+    assert "Traceback" not in text
+
+
+def assert_refused(finished, *parts):
+    """Exit code 2 and one clear line that holds all parts, in order."""
+    assert finished.code == 2, finished.err
+    assert re.fullmatch(r"error: .*\n", finished.err), finished.err
+    assert re.search(".*".join(map(re.escape, parts)), finished.err), finished.err
+    assert not finished.out.strip()
+
+
+@pytest.mark.parametrize(
+    ("flag", "parts"),
+    [
+        ("--config.train.stepz=1", ["'stepz'", '"steps"']),
+        ("--config.trane.steps=1", ["'trane'"]),
+        ("--config.gist.window=6", ["window=6", "ratio=4", "nearest legal window is 8"]),
+        ("--config.model.attention_backend=flash", ["'flash'", "choose one of", "'blocked'"]),
+        ("--config.data.row_length=30", ["30", "ratio=4", "pad it to 32"]),
+        ("--config.optim.warmup_steps=9", ["warmup_steps=9", "below train.steps=4"]),
+        ("--config.mesh.data=3", ["batch_size=4", "multiple of", "3"]),
+    ],
+)
+def test_train_refuses_bad_configs(flag, parts, command, config_file, tmp_path):
+    finished = command("train", f"--config={config_file}", f"--workdir={tmp_path}/run", "--platform=cpu", flag)
+    assert_refused(finished, *parts)
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_refuses_an_empty_corpus(command, config_file, tmp_path):
+    (tmp_path / "empty.txt").touch()
+    source = tmp_path / "empty.txt"
+    flags = f"--config={config_file}", f"--workdir={tmp_path}/run", f"--config.data.source={source}"
+    assert_refused(command("train", *flags), str(source), "no document with text", "name files with text")
+    flags = *flags[:2], f"--config.data.source={tmp_path}/absent"
+    assert_refused(command("train", *flags), f"{tmp_path}/absent", "neither a file nor a folder")
+
+
+def test_train_refuses_the_work_directory_of_another_run(command, config_file, trained):
+    flags = f"--config={config_file}", f"--workdir={trained[0]}", "--config.optim.peak_lr=0.5"
+    assert_refused(command("train", *flags), "different run", "optim.peak_lr: 0.01 -> 0.5", "another --workdir")
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "parts"),
+    [
+        ("evaluate", ["--suite=speed"], ["--suite", "'speed'", "perplexity"]),
+        ("evaluate", ["--method=magic"], ["--method", "'magic'", "unigist"]),
+        ("evaluate", ["--kinds=riddle"], ["--kinds", "'riddle'", "needle"]),
+        ("evaluate", ["--chunk_size=6"], ["chunk size 6", "ratio=4", "use 4 or 8"]),
+        ("evaluate", ["--suite=boundary", "--length=50000"], ["no held-out document has 50000 tokens", "shorter"]),
+        ("generate", ["--prompt=a", "--chunk_size=3"], ["chunk size 3", "ratio=4", "use 4 or 8"]),
+        ("generate", ["--prompt=a", "--method=magic"], ["'magic'", "full", "unigist"]),
+        (
+            "generate",
+            ["--prompt=document", "--capacity=3"],
+            ["capacity is 3", "raise the capacity or shorten the prompt"],
+        ),
+        ("generate", ["--prompt=a", "--top_p=1.5"], ["top_p=1.5", "at most 1"]),
+        ("generate", [], ["--prompt or --prompt_file"]),
+        ("generate", ["--prompt_file=absent.txt"], ["absent.txt"]),
+    ],
+)
+def test_bad_flags_are_refused(name, flags, parts, command, trained):
+    assert_refused(command(name, f"--workdir={trained[0]}", "--platform=cpu", *flags), *parts)
+
+
+@pytest.mark.parametrize(("name", "flags"), [("evaluate", []), ("generate", ["--prompt=a"])])
+def test_a_work_directory_without_a_run_is_refused(name, flags, command, tmp_path):
+    assert_refused(command(name, f"--workdir={tmp_path}", *flags), str(tmp_path), "holds no run", "launch.train")
+
+
+# --- the whole way ----------------------------------------------------------------------------------------------------
+
+
+def strict_json(text):
+    """JSON as everyone reads it: NaN is none."""
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} in JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_train_leaves_a_complete_work_directory(trained):
+    workdir, finished = trained
+    assert {"config.json", "tokenizer.model", "metrics.jsonl", "checkpoints"} <= {p.name for p in workdir.iterdir()}
+    lines = [strict_json(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 4]
+    assert strict_json((workdir / "config.json").read_text())["model"]["vocab_size"] == 320
+    assert re.search(r"step 4: held-out loss \d\.\d+, perplexity", finished.out + finished.err)
+
+
+def test_evaluate_writes_json_and_plots(command, trained, tmp_path):
+    flags = "--method=unigist,full --length=512 --chunk_size=64 --documents=2 --records=2 --rows=8 --platform=cpu"
+    finished = command("evaluate", f"--workdir={trained[0]}", f"--output={tmp_path}", *flags.split())
+    assert finished.code == 0, finished.err
+    results = {path.stem: strict_json(path.read_text()) for path in tmp_path.glob("*.json")}
+    assert set(results) == {"perplexity", "boundary", "recall"}
+    for name in ("boundary", "recall"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    for name, result in results.items():
+        assert (result["step"], result["ratio"], result["window"]) == (4, 4, 8)
+        assert set(result.get("methods", ["unigist", "full"])) == {"unigist", "full"}, name
+    assert 1 < results["perplexity"]["methods"]["unigist"]["perplexity"] < 1000
+    assert len(results["boundary"]["methods"]["full"]["position"]) == 32  # 511 losses in buckets of 16
+    assert "border_jump" in results["boundary"]["methods"]["unigist"]
+    for method in ("unigist", "full"):
+        recall = results["recall"]["results"][f"needle, {method}"]
+        assert recall["samples"] == 2 and [record["depth"] for record in recall["records"]] == [0.0, 1.0]
+        assert f"recall, needle, {method}: " in finished.out
+
+
+def test_generate_streams_text_and_tells_the_cache(command, trained):
+    flags = "--prompt=document 7", "--max_new_tokens=9", "--chunk_size=4", "--capacity=50", "--platform=cpu"
+    finished = command("generate", f"--workdir={trained[0]}", *flags)
+    assert finished.code == 0, finished.err
+    text, report = finished.out.split("\n[step 4; ")
+    assert text.strip()
+    assert re.search(r"prompts of \d+ tokens, 9 generated\]", report)
+    # 50 raws in 13 units: 2 layers of keys and values, 2 heads of 8 float32 for every sink, gist and ring slot
+    per_token = 2 * 2 * 2 * 8 * 4
+    held, full = (2 + 13 + 8 + 4) * per_token, 52 * per_token
+    assert f"{held:,} bytes; full attention would hold {full:,} ({full / held:.2f}x)" in report

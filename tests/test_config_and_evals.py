@@ -1,0 +1,341 @@
+"""The run config, the mesh, and the evaluations, each against a computation of its own."""
+
+import importlib
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from unigist_jax.config import RunConfig, config_differences, default_config
+from unigist_jax.data import RecallRecord, Tokenizer, pack_documents
+from unigist_jax.evals import recall
+from unigist_jax.evals.perplexity import border_jump, bucketed, long_documents, losses_by_position, packed_perplexity
+from unigist_jax.evals.recall import evaluate_recall, make_records, summarize
+from unigist_jax.layout import GistLayout
+from unigist_jax.model import LlamaConfig, RopeScaling, init_llama
+from unigist_jax.sharding import PARAMETER_AXES, make_mesh, partition_spec
+
+CONFIGS = sorted(path.stem for path in (Path(__file__).parent.parent / "configs").glob("[!_]*.py"))
+
+
+# --- config -----------------------------------------------------------------------------------------------------------
+
+
+def run_with(**fields):
+    """The default run with some fields changed: `run_with(train__steps=3)`."""
+    config = default_config().to_dict()
+    for name, value in fields.items():
+        section, field = name.split("__")
+        config[section][field] = value
+    return RunConfig.from_dict(config)
+
+
+def test_dicts_and_json_round_trip():
+    run = run_with(model__rope_scaling={"factor": 4.0}, train__steps=50, model__attention_backend="reference")
+    assert run.model.rope_scaling == RopeScaling(factor=4.0)
+    assert RunConfig.from_dict(run.to_dict()) == run
+    assert RunConfig.from_dict(json.loads(json.dumps(run.to_dict()))) == run
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_file_is_a_valid_run(name):
+    module = importlib.import_module(f"configs.{name}")
+    run = RunConfig.from_dict(module.get_config().to_dict())
+    assert run.with_vocab_size(run.model.vocab_size or 1024).model.vocab_size >= 1024
+    assert f"configs/{name}.py" in module.__doc__  # it tells its own command
+
+
+def test_a_backend_can_be_set_where_none_is():
+    config = default_config().lock()
+    assert RunConfig.from_dict(config.to_dict()).model.attention_backend is None
+    config.model.attention_backend = "blocked"
+    assert RunConfig.from_dict(config.to_dict()).model.attention_backend == "blocked"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"train__step": 1}, r"unknown config field 'step' in 'train'; did you mean 'steps'\?"),
+        ({"optim__zzz": 1}, r"unknown config field 'zzz' in 'optim'; the fields are \['b1', 'b2'"),
+        ({"model__rope_scaling": {"factr": 8.0}}, r"'factr' in 'model.rope_scaling'; did you mean 'factor'\?"),
+        ({"gist__window": 30}, r"window=30 .*ratio=4; the nearest legal window is 32"),
+        ({"gist__ratio": 0}, "ratio=0.*use ratio >= 1"),
+        ({"data__row_length": 510}, r"510 .*ratio=4; pad it to 512"),
+        ({"data__heldout_fraction": 1.0}, "data.heldout_fraction=1.0 must be between 0 and 1"),
+        ({"data__recall_weight": 1.5}, "data.recall_weight=1.5 must be between 0 and 1"),
+        ({"data__source": ""}, "data.source is empty; give 'stdlib'"),
+        ({"optim__peak_lr": 0.0}, "optim.peak_lr=0.0 must be positive"),
+        ({"optim__warmup_steps": 100}, "optim.warmup_steps=100 must be below train.steps=100"),
+        ({"train__batch_size": 0}, "train.batch_size=0 must be at least 1"),
+        ({"mesh__data": 3}, "train.batch_size=8 is not a multiple of mesh data . fsdp = 3"),
+        ({"mesh__tensor": 4}, "mesh.tensor=4 does not divide model.num_kv_heads=2"),
+        ({"mesh__tensor": 2, "model__vocab_size": 321}, "mesh.tensor=2 does not divide model.vocab_size=321"),
+        ({"mesh__fsdp": 3, "train__batch_size": 9}, "mesh.fsdp=3 does not divide model.hidden_size=128"),
+        ({"model__attention_backend": "flash"}, "'flash'; choose one of.*'blocked'"),
+        ({"model__dtype": "int8"}, "dtype='int8' is unknown; choose one of.*float32"),
+        ({"model__num_heads": 3}, "num_heads=3 is not a multiple of num_kv_heads=2"),
+    ],
+)
+def test_errors_name_field_value_and_remedy(fields, message):
+    with pytest.raises(ValueError, match=message):
+        run_with(**fields)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [(("gist",), r"\['gist'\] are missing"), (("model", "num_heads"), r"\['num_heads'\] are missing in 'model'")],
+)
+def test_missing_fields_are_named(path, message):
+    config = default_config().to_dict()
+    section = config if len(path) == 1 else config[path[0]]
+    del section[path[-1]]
+    with pytest.raises(ValueError, match=message):
+        RunConfig.from_dict(config)
+
+
+def test_the_vocabulary_is_the_tokenizers_or_larger():
+    assert run_with().with_vocab_size(500).model.vocab_size == 500
+    assert run_with(model__vocab_size=512).with_vocab_size(500).model.vocab_size == 512
+    with pytest.raises(ValueError, match=r"model.vocab_size=400 is smaller than the tokenizer's 500; set it to 0"):
+        run_with(model__vocab_size=400).with_vocab_size(500)
+
+
+def test_differences_name_every_changed_field():
+    old, new = run_with().to_dict(), run_with(train__steps=50, model__rope_scaling={}).to_dict()
+    lines = config_differences(old, new)
+    assert lines[1] == "train.steps: 100 -> 50"
+    assert lines[0].startswith("model.rope_scaling: None -> {'factor': 8.0")
+    assert config_differences(old, old) == []
+
+
+# --- mesh -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape"), [({}, (8, 1, 1)), ({"tensor": 2}, (4, 1, 2)), ({"data": 2, "fsdp": -1, "tensor": 2}, (2, 2, 2))]
+)
+def test_a_mesh_takes_all_devices(sizes, shape):
+    assert make_mesh(**sizes).devices.shape == shape
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"data": 3}, "needs 3 devices, but there are 8"),
+        ({"tensor": 3}, "needs 6 devices, but there are 8"),
+        ({"data": 0}, "'data': 0.*sizes are positive"),
+        ({"fsdp": -1}, "at most one of them is -1"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        make_mesh(**sizes)
+
+
+def test_a_mesh_axis_splits_one_axis_of_an_array():
+    assert partition_spec("batch", None, "heads") == jax.sharding.PartitionSpec(("data", "fsdp"), None, "tensor")
+    for axes in PARAMETER_AXES.values():
+        partition_spec(*axes)
+    for axes in (("batch", "embed"), ("heads", "mlp")):
+        with pytest.raises(ValueError, match="one mesh axis is used twice"):
+            partition_spec(*axes)
+
+
+# --- perplexity -------------------------------------------------------------------------------------------------------
+
+LAYOUT = GistLayout(4, 2, 8)
+VOCAB = 300
+LENGTH = 24
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Random weights, large enough that every visible token matters."""
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=24,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        rope_theta=10_000.0,
+        dtype="float32",
+    )
+    return jax.tree.map(lambda x: 5 * x if x.ndim > 1 else x, init_llama(config, LAYOUT, 1))
+
+
+@jax.jit
+def _gist_logits(model, tokens):
+    return model(tokens, attention="gist")
+
+
+@jax.jit
+def _full_logits(model, tokens):
+    return model(tokens, attention="full")
+
+
+def one_pass_logits(model, tokens, method):
+    """Full logits of one document, in one pass; padded behind, which changes nothing before."""
+    padded = np.zeros((1, -len(tokens) % 128 + len(tokens)), np.int32)
+    padded[0, : len(tokens)] = tokens
+    return np.asarray({"unigist": _gist_logits, "full": _full_logits}[method](model, padded))[0, : len(tokens)]
+
+
+def losses_alone(model, tokens, method):
+    """Loss of each token but the first of one document, float64."""
+    logits = one_pass_logits(model, tokens, method).astype(np.float64)[:-1]
+    logits -= logits.max(axis=-1, keepdims=True)
+    picked = logits[np.arange(len(tokens) - 1), tokens[1:]]
+    return np.log(np.exp(logits).sum(axis=-1)) - picked
+
+
+@pytest.mark.parametrize(("attention", "method"), [("gist", "unigist"), ("full", "full")])
+def test_packed_perplexity_is_that_of_the_documents_alone(attention, method, model):
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(1, VOCAB, size=size) for size in (3, 17, 1, 24, 9, 12, 5)]
+    rows = pack_documents(documents, row_length=LENGTH, layout=LAYOUT, pad_id=0)
+    assert len(rows) % 3  # the last batch of three is filled up
+    result = packed_perplexity(model, rows, attention=attention, batch_size=3)
+    losses = np.concatenate([losses_alone(model, document, method) for document in documents])
+    assert result["targets"] == len(losses)
+    np.testing.assert_allclose(result["loss"], losses.mean(), rtol=2e-6)
+    np.testing.assert_allclose(result["perplexity"], np.exp(losses.mean()), rtol=1e-5)
+
+
+def test_losses_by_position_do_not_know_the_chunks(model):
+    documents = np.random.default_rng(1).integers(1, VOCAB, size=(3, LENGTH)).astype(np.int32)
+    expected = np.mean([losses_alone(model, document, "unigist") for document in documents], axis=0)
+    one_pass = losses_by_position(model, documents, attention="gist", batch_size=2)
+    np.testing.assert_allclose(one_pass, expected, rtol=5e-6)
+    for chunk in (4, 16):
+        chunked = losses_by_position(model, documents, attention="gist", chunk_size=chunk, batch_size=3)
+        np.testing.assert_allclose(chunked, one_pass, rtol=5e-6)
+
+
+def test_losses_by_position_refuse_what_cannot_be(model):
+    documents = np.ones((1, LENGTH), np.int32)
+    with pytest.raises(ValueError, match="chunk size 6 is not a positive multiple of ratio=4; use 4 or 8"):
+        losses_by_position(model, documents, attention="gist", chunk_size=6)
+    with pytest.raises(ValueError, match="chunked reading needs attention='gist'"):
+        losses_by_position(model, documents, attention="full", chunk_size=4)
+    with pytest.raises(ValueError, match="num_sinks=3, the weights 2"):
+        losses_by_position(model, documents, attention="gist", layout=GistLayout(4, 3, 8))
+
+
+def test_bucketed_averages_neighbours():
+    losses = np.log(np.array([2.0, 8.0, 3.0, 3.0, 5.0]))
+    result = bucketed(losses, 2)
+    assert result["position"] == [1, 3, 5]
+    np.testing.assert_allclose(result["perplexity"], [4, 3, 5])
+
+
+def test_border_jump_is_after_less_before():
+    """20 positions in chunks of 8: borders at 8 and 16; position p costs 1, right after a border more."""
+    cost = np.ones(20)
+    cost[8:10], cost[16:18] = 4.0, 2.0
+    assert border_jump(cost[1:], 8, 2) == pytest.approx((3 + 1) / 2)
+    assert border_jump(np.ones(19), 8, 4) == 0
+    assert border_jump(np.arange(1.0, 20), 8, 1) == 1
+
+
+def test_border_jump_uses_every_border_with_enough_after_it():
+    cost = np.ones(16)
+    cost[8:] = 3.0
+    assert border_jump(cost[1:], 8, 8) == 2.0  # the last 8 of 16 positions are just enough
+    with pytest.raises(ValueError, match="16 positions hold no border of chunks of 16; use a smaller chunk"):
+        border_jump(cost[1:], 16, 1)
+
+
+# --- recall -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    rng = np.random.default_rng(0)
+    texts = [" ".join(f"w{number:x}" for number in rng.integers(0, 400, size=100)) for _ in range(20)]
+    return Tokenizer.train(texts, VOCAB, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
+
+
+def test_long_documents_are_cut_and_short_ones_left_out(tokenizer):
+    texts = ["w1", "w1 w2 w3 " * 10, "w4 " * 30, "w5 w6 " * 20]
+    found = long_documents(texts, tokenizer, 12, most=2)
+    expected = [tokenizer.encode(text, bos=True)[:12] for text in texts[1:3]]
+    np.testing.assert_array_equal(found, expected)
+    longest = max(len(tokenizer.encode(text, bos=True)) for text in texts)
+    with pytest.raises(ValueError, match=f"no held-out document has 1000 tokens, the longest {longest}; evaluate a sh"):
+        long_documents(texts, tokenizer, 1000, most=2)
+
+
+def record_tokens(tokenizer, record):
+    prompt = [*tokenizer.encode(record.context, bos=True), *tokenizer.encode(record.question)]
+    return [int(token) for token in prompt], [int(token) for token in tokenizer.encode(record.answer)]
+
+
+def greedy(model, prompt, count, method, stop):
+    """Continues a prompt by one whole pass a token."""
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + count:
+        best = int(one_pass_logits(model, tokens, method)[-1].argmax())
+        if best == stop:
+            break
+        tokens.append(best)
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("method", ["unigist", "full"])
+def test_recall_agrees_with_greedy_decoding_by_whole_passes(method, model, tokenizer, monkeypatch):
+    """Some answers are what the model says, some begin like it, some are unlike; the longest has a short context."""
+    monkeypatch.setattr(recall, "CAPACITY_STEP", 4)  # the cache has no more room than it must have
+    contexts = ["w7 w8", "w1f w2e w3d " * 6]
+    records = []
+    for context, length in zip(contexts, (20, 2), strict=True):
+        prompt, _ = record_tokens(tokenizer, RecallRecord(context, "\nw4:", "", 0.0, "needle"))
+        said = tokenizer.decode(greedy(model, prompt, length, method, tokenizer.eos_id)).replace("\ufffd", "")
+        records.append(RecallRecord(context, "\nw4:", said, 0.2, "needle"))
+        records.append(RecallRecord(context, "\nw4:", said[:1] + " w99", 0.9, "needle"))
+    records.append(RecallRecord(contexts[0], "\nw5:", " w1 w2", 0.5, "needle"))
+    calls = []
+    samples = evaluate_recall(
+        model, tokenizer, records, method=method, chunk_size=8, batch_size=3, progress=calls.append
+    )
+    assert calls == [3, 5]
+    answers = [record_tokens(tokenizer, record)[1] for record in records]
+    for index, (record, sample) in enumerate(zip(records, samples, strict=True)):
+        prompt, answer = record_tokens(tokenizer, record)
+        batch = answers[index // 3 * 3 : index // 3 * 3 + 3]
+        output = tokenizer.decode(greedy(model, prompt, max(map(len, batch)) + 4, method, tokenizer.eos_id))
+        best = one_pass_logits(model, prompt + answer, method)[len(prompt) - 1 : -1].argmax(axis=-1)
+        assert sample["output"] == output
+        assert sample["correct"] == (record.answer.strip().lower() in output.lower())
+        assert sample["token_accuracy"] == pytest.approx(np.mean(best == answer))
+        assert (sample["tokens"], sample["depth"]) == (len(prompt), record.depth)
+    assert {sample["correct"] for sample in samples} == {True, False}
+
+
+def test_summary_is_the_mean_over_all_and_by_depth():
+    samples = [
+        {"depth": depth, "correct": correct, "token_accuracy": accuracy}
+        for depth, correct, accuracy in [(0.0, True, 1.0), (0.19, False, 0.5), (0.2, True, 1.0), (1.0, False, 0.25)]
+    ]
+    summary = summarize(samples)
+    assert (summary["samples"], summary["accuracy"], summary["token_accuracy"]) == (4, 0.5, 0.6875)
+    got = [(b["depth"], b["samples"], b["accuracy"], b["token_accuracy"]) for b in summary["by_depth"]]
+    nothing = 0, None, None
+    expected = [(0.1, 2, 0.5, 0.75), (0.3, 1, 1.0, 1.0), (0.5, *nothing), (0.7, *nothing), (0.9, 1, 0.0, 0.25)]
+    assert got == [(pytest.approx(depth), *rest) for depth, *rest in expected]
+
+
+def test_records_spread_their_facts_over_the_depths_and_repeat(tokenizer):
+    filler = ["w1 w2 w3 w4 w5\n\nw6 w7 w8 w9"] * 5
+    records = make_records(tokenizer, kind="needle", length=400, count=3, filler=filler, digits=4)
+    assert [record.depth for record in records] == [0.0, 0.5, 1.0]
+    for record in records:
+        prompt, answer = record_tokens(tokenizer, record)
+        assert 350 < len(prompt) + len(answer) <= 400
+        assert record.answer.strip() in record.context
+    places = [record.context.index("magic") / len(record.context) for record in records]
+    assert places[0] < 0.2 < places[1] < 0.8 < places[2] + 0.4 and places == sorted(places)
+    assert records == make_records(tokenizer, kind="needle", length=400, count=3, filler=filler, digits=4)

@@ -1,0 +1,100 @@
+"""Two processes train as one does: the same losses from the same command, started twice."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from unigist_jax.training.metrics import read_metrics
+
+ROOT = Path(__file__).parent.parent
+TIMEOUT = 240  # seconds; a hang fails with both logs
+
+CONFIG = """
+from unigist_jax.config import default_config
+
+def get_config():
+    config = default_config()
+    config.model.update(
+        hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, dtype="float32",
+        attention_backend="reference",
+    )
+    config.gist.update(ratio=4, num_sinks=2, window=8)
+    config.data.update(source={source!r}, vocab_size=320, row_length=32, heldout_fraction=0.3)
+    config.optim.update(warmup_steps=1)
+    config.train.update(steps=5, batch_size=8, eval_every=5, eval_rows=11, checkpoint_every=3)
+    config.mesh.update(data=2, fsdp=2)
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    rng = np.random.default_rng(0)
+    (folder / "corpus").mkdir()
+    for index in range(12):
+        words = [f"w{number:x}" for number in rng.integers(0, 400, size=rng.integers(5, 200))]
+        (folder / "corpus" / f"{index}.txt").write_text(f"document {index}\n\n" + " ".join(words) + "\n")
+    (folder / "config.py").write_text(CONFIG.format(source=str(folder / "corpus")))
+    return folder / "config.py"
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def start_training(config_file, workdir, devices, *flags):
+    command = [sys.executable, "-m", "launch.train", f"--config={config_file}", f"--workdir={workdir}"]
+    command += ["--platform=cpu", "--noprogress", *flags]
+    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {quick}"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(processes):
+    """Waits for all of them; fails with every log if one fails or hangs."""
+    logs, codes = [], []
+    try:
+        for process in processes:
+            try:
+                log = process.communicate(timeout=TIMEOUT)[0]
+            except subprocess.TimeoutExpired:
+                process.kill()
+                log = f"{process.communicate()[0]}\n(killed after {TIMEOUT} s)"
+            logs.append(log)
+            codes.append(process.returncode)
+    finally:
+        for process in processes:
+            process.kill()
+    report = "\n".join(
+        f"--- process {i}, exit code {c}\n{log}" for i, (c, log) in enumerate(zip(codes, logs, strict=True))
+    )
+    assert codes == [0] * len(processes), report
+
+
+def test_two_processes_train_as_one(config_file, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    finish([start_training(config_file, one, devices=4)])
+    address = f"--coordinator_address=127.0.0.1:{free_port()}"
+    finish(
+        [
+            start_training(config_file, two, 2, address, "--num_processes=2", f"--process_id={index}")
+            for index in range(2)
+        ]
+    )
+    alone, together = read_metrics(one), read_metrics(two)
+    assert [line["step"] for line in together] == [1, 2, 3, 4, 5, 5] == [line["step"] for line in alone]
+    for got, expected in zip(together, alone, strict=True):
+        assert got.keys() == expected.keys()
+        for name in got.keys() - {"tokens_per_second"}:
+            np.testing.assert_allclose(got[name], expected[name], rtol=2e-6, err_msg=f"{name} at step {got['step']}")
+    assert (two / "checkpoints" / "5").is_dir()
