@@ -55,6 +55,11 @@ def main(_: list[str]) -> None:
     if {"boundary", "recall"} & set(_SUITE.value):
         layout.num_units(_LENGTH.value)
         check_chunk_size(_CHUNK_SIZE.value, layout)
+    if "boundary" in _SUITE.value and _LENGTH.value <= _CHUNK_SIZE.value:
+        raise ValueError(
+            f"--length={_LENGTH.value} holds no border of chunks of --chunk_size={_CHUNK_SIZE.value}; "
+            "give a longer length or a smaller chunk"
+        )
     directory = output_directory(_OUTPUT.value, _WORKDIR.value, "eval")
     setting = {"workdir": _WORKDIR.value, "step": step, "ratio": layout.ratio, "window": layout.window}
     suites = {"perplexity": _perplexity, "boundary": _boundary, "recall": _recall}

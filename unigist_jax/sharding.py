@@ -67,8 +67,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = Non
     rest = math.prod(size for size in sizes.values() if size != -1)
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise ValueError(f"mesh {sizes}: sizes are positive, and at most one of them is -1")
-    if free and rest <= len(devices):
-        sizes[free[0]] = len(devices) // rest
+    if free:
+        sizes[free[0]] = max(1, len(devices) // rest)
     if math.prod(sizes.values()) != len(devices):
         raise ValueError(f"mesh {sizes} needs {math.prod(sizes.values())} devices, but there are {len(devices)}")
     shape = tuple(sizes[axis] for axis in MESH_AXES)

@@ -29,6 +29,19 @@ from unigist_jax.training.step import TrainState
 
 CONFIG_FILE = "config.json"
 
+# Fields that change where and how a run is computed, watched and kept, not what it computes.
+MAY_CHANGE = (
+    "mesh.",
+    "model.attention_backend",
+    "model.remat",
+    "train.checkpoint_every",
+    "train.eval_every",
+    "train.eval_rows",
+    "train.keep_checkpoints",
+    "train.log_every",
+    "train.loss_chunk",
+)
+
 
 class Checkpoints:
     """The checkpoints of a work directory. Saving is asynchronous; `close` waits for the last one."""
@@ -131,7 +144,7 @@ def _check_shapes(where: Path, saved: Any, expected: dict[str, Any]) -> None:
 
 
 def check_workdir(workdir: Path, run: RunConfig) -> bool:
-    """Whether the work directory already holds this very run.
+    """Whether the work directory already holds this very run; the fields of `MAY_CHANGE` may differ.
 
     Raises:
       ValueError: if it holds another run, naming each field that differs.
@@ -139,6 +152,7 @@ def check_workdir(workdir: Path, run: RunConfig) -> bool:
     if not (Path(workdir) / CONFIG_FILE).exists():
         return False
     differences = config_differences(read_run(workdir).to_dict(), run.to_dict())
+    differences = [line for line in differences if not line.startswith(MAY_CHANGE)]
     if differences:
         raise ValueError(
             f"{workdir} holds a different run ({'; '.join(differences)}); use another --workdir, or delete this one"

@@ -78,7 +78,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
         metrics = {
             "loss": loss,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": schedule(state.step),
             "targets": count,
         }

@@ -1,0 +1,33 @@
+"""The tiny run that the tests of training share."""
+
+import jax
+import numpy as np
+
+from unigist_jax.config import default_config
+from unigist_jax.sharding import parameter_path
+
+
+def tiny_config(source="stdlib", tokenizer=""):
+    config = default_config()
+    config.model.update(
+        hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
+        rope_theta=10_000.0, dtype="float32",
+    )  # fmt: skip
+    config.gist.update(ratio=4, num_sinks=2, window=8)
+    config.data.update(source=source, tokenizer=tokenizer, row_length=32, heldout_fraction=0.3)
+    config.optim.update(peak_lr=3e-3, warmup_steps=2)
+    config.train.update(steps=7, batch_size=8, eval_every=4, eval_rows=8, checkpoint_every=3)
+    config.mesh.update(data=2, fsdp=2, tensor=2)
+    return config
+
+
+def named_arrays(tree):
+    """Parameters as NumPy arrays by path; copies, which outlive the donation of their originals."""
+    return {parameter_path(path): np.array(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def assert_same_bits(got, expected):
+    got, expected = named_arrays(got), named_arrays(expected)
+    assert got.keys() == expected.keys()
+    for name, array in expected.items():
+        assert got[name].tobytes() == array.tobytes(), name
