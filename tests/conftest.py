@@ -19,7 +19,7 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 
-from jaxtyping import install_import_hook
+from jaxtyping import install_import_hook  # noqa: E402
 
 install_import_hook(["unigist_jax", "pallas_kernels"], "beartype.beartype")
 

@@ -153,7 +153,9 @@ def test_a_work_directory_holds_one_run(changed, uninterrupted):
 
 
 def test_a_run_may_go_on_elsewhere_and_be_watched_otherwise(changed, uninterrupted):
-    assert check_workdir(uninterrupted[0], changed(train__log_every=7, mesh__data=1, model__remat="full"))
+    assert check_workdir(
+        uninterrupted[0], changed(train__log_every=7, mesh__data=1, model__remat="full").with_vocab_size(320)
+    )
 
 
 @pytest.mark.parametrize(
