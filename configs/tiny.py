@@ -1,6 +1,8 @@
-"""A model of about 1M parameters on the Python standard library's sources and short recall records, for a CPU.
+"""A model of 0.9M parameters on the Python standard library's sources and short recall records, for a CPU.
 
 python -m launch.train --config=configs/tiny.py --workdir=runs/tiny
+
+About 3 minutes on 2 CPU cores; training loss 4.6, held-out perplexity 114 (Python 3.11, seed 0: docs/demo/report.md).
 """
 
 from unigist_jax.config import default_config

@@ -143,6 +143,8 @@ border cost {unigist[border_jump]:+.3f} nats more than the 16 before; that is th
 |---|---|---|
 {recall_rows}
 
+![recall by depth](eval/recall.png)
+
 ## KV cache
 
 Bytes as allocated for one sequence of this model.
