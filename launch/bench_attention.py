@@ -12,6 +12,7 @@ tests/test_hopper.py: run that first.
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 import sys
@@ -42,6 +43,8 @@ DOCUMENTS = flags.DEFINE_integer("documents", 16, "packed documents in the longe
 TUNE = flags.DEFINE_bool("tune", False, "time candidate block sizes instead of the peers")
 OUT = flags.DEFINE_string("out", "", "file for the raw JSON")
 PLOT = flags.DEFINE_string("plot", "", "file for a plot of speed-up against length")
+
+CUDNN_CAUSAL = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
 
 
 def milliseconds(fn, *args) -> float:
@@ -95,10 +98,9 @@ def gist(layout: GistLayout, num_units: int, doc_start=None, **options):
 
 def cudnn(length: int):
     """jax's cuDNN causal attention on the raws: forward ms, forward + backward ms."""
-    attend = lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")  # noqa: E731
     q, cotangent = (normal(i, 1, length, HEADS.value, DIM.value) for i in (0, 1))
     k, v = (normal(i, 1, length, KV_HEADS.value, DIM.value) for i in (2, 3))
-    forward, both = with_backward(attend)
+    forward, both = with_backward(CUDNN_CAUSAL)
     return milliseconds(forward, q, k, v), milliseconds(both, q, k, v, cotangent)
 
 
@@ -106,10 +108,9 @@ def folded(layout: GistLayout, num_units: int):
     """Folded cuDNN, sinks and gists only: forward ms, forward + backward ms."""
     rows = layout.num_sinks + num_units  # s - 1 rows in front and one behind make the unit-level mask causal
     heads = (layout.ratio + 1) * HEADS.value
-    attend = lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")  # noqa: E731
     q, cotangent = (normal(i, 1, rows, heads, DIM.value) for i in (0, 1))
     k, v = (normal(i, 1, rows, KV_HEADS.value, DIM.value) for i in (2, 3))
-    forward, both = with_backward(attend)
+    forward, both = with_backward(CUDNN_CAUSAL)
     return milliseconds(forward, q, k, v), milliseconds(both, q, k, v, cotangent)
 
 

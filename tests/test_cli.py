@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pytest
+from tiny_runs import write_corpus
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = sorted(
@@ -84,12 +84,8 @@ def command(tmp_path_factory):
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("config")
-    rng = np.random.default_rng(0)
-    (folder / "corpus").mkdir()
-    for index in range(12):
-        words = [f"w{number:x}" for number in rng.integers(0, 400, size=rng.integers(20, 700))]
-        (folder / "corpus" / f"{index}.txt").write_text(f"document {index}\n\n" + " ".join(words) + "\n")
-    (folder / "config.py").write_text(CONFIG.format(source=str(folder / "corpus")))
+    source = write_corpus(folder / "corpus", longest=700)
+    (folder / "config.py").write_text(CONFIG.format(source=source))
     return folder / "config.py"
 
 

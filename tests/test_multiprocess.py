@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_runs import write_corpus
 
 from unigist_jax.training.metrics import read_metrics
 
@@ -35,12 +36,8 @@ def get_config():
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    rng = np.random.default_rng(0)
-    (folder / "corpus").mkdir()
-    for index in range(12):
-        words = [f"w{number:x}" for number in rng.integers(0, 400, size=rng.integers(5, 200))]
-        (folder / "corpus" / f"{index}.txt").write_text(f"document {index}\n\n" + " ".join(words) + "\n")
-    (folder / "config.py").write_text(CONFIG.format(source=str(folder / "corpus")))
+    source = write_corpus(folder / "corpus", longest=200)
+    (folder / "config.py").write_text(CONFIG.format(source=source))
     return folder / "config.py"
 
 

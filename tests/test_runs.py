@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_runs import assert_same_bits, named_arrays, tiny_config
+from tiny_runs import assert_same_bits, named_arrays, tiny_config, write_corpus
 
 from unigist_jax.config import RunConfig
 from unigist_jax.data import load_or_train_tokenizer
@@ -33,12 +33,7 @@ QUIET = {"progress": False, "tensorboard": False}
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    rng = np.random.default_rng(0)
-    for index in range(12):
-        words = [f"w{number:x}" for number in rng.integers(0, 400, size=rng.integers(5, 200))]
-        (folder / f"{index}.txt").write_text(f"document {index}\n\n" + " ".join(words) + "\n")
-    return str(folder)
+    return write_corpus(tmp_path_factory.mktemp("corpus"), longest=200)
 
 
 @pytest.fixture(scope="module")

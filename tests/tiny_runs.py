@@ -31,3 +31,13 @@ def assert_same_bits(got, expected):
     assert got.keys() == expected.keys()
     for name, array in expected.items():
         assert got[name].tobytes() == array.tobytes(), name
+
+
+def write_corpus(folder, longest, documents=12):
+    """Documents of up to `longest` words in `folder`, made if absent; the folder's name, as `data.source` takes it."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(exist_ok=True)
+    for index in range(documents):
+        words = [f"w{number:x}" for number in rng.integers(0, 400, size=rng.integers(5, longest))]
+        (folder / f"{index}.txt").write_text(f"document {index}\n\n" + " ".join(words) + "\n")
+    return str(folder)
