@@ -95,6 +95,15 @@ def tree_shardings(mesh: Mesh, tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(of_leaf, tree)
 
 
+def abstract_on(mesh: Mesh, tree: Any) -> Any:
+    """The tree's shapes and dtypes, each with its sharding: what a checkpoint is restored into. Allocates nothing."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        tree_shardings(mesh, tree),
+    )
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of arrays whose first axis is the batch."""
     return NamedSharding(mesh, partition_spec("batch"))

@@ -24,10 +24,11 @@ import orbax.checkpoint as ocp
 
 from unigist_jax.config import RunConfig, config_differences
 from unigist_jax.model import Llama, init_llama
-from unigist_jax.sharding import make_mesh, tree_shardings
+from unigist_jax.sharding import abstract_on, make_mesh
 from unigist_jax.training.step import TrainState
 
 CONFIG_FILE = "config.json"
+CHECKPOINTS = "checkpoints"
 
 # Fields that change where and how a run is computed, watched and kept, not what it computes.
 MAY_CHANGE = (
@@ -48,7 +49,7 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, keep: int | None = None):
         """Opens (or makes) `workdir/checkpoints`; `keep`: how many of the newest to keep, None for all."""
-        self._directory = Path(workdir).absolute() / "checkpoints"
+        self._directory = Path(workdir).absolute() / CHECKPOINTS
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(max_to_keep=keep),
@@ -70,13 +71,13 @@ class Checkpoints:
         self._manager.save(step, args=ocp.args.Composite(**items))
 
     def restore(self, like: TrainState) -> TrainState:
-        """The latest state, laid out like `like` (arrays or ShapeDtypeStructs with shardings)."""
+        """The latest state, laid out like `like` (`unigist_jax.training.step.abstract_state`)."""
         step = self.latest_step()
         model, opt_state = self._restore(step, {"model": like.model, "optimizer": like.opt_state})
         return TrainState(jax.device_put(jnp.int32(step), like.step.sharding), model, opt_state)
 
     def restore_model(self, like: Llama) -> Llama:
-        """The latest model alone, laid out like `like`."""
+        """The latest model alone, laid out like `like` (`unigist_jax.sharding.abstract_on`)."""
         return self._restore(self.latest_step(), {"model": like})[0]
 
     def _restore(self, step: int, like: dict[str, Any]) -> list[Any]:
@@ -85,7 +86,7 @@ class Checkpoints:
             saved = {item: self._manager.item_metadata(step)[item] for item in like}
         for item, tree in like.items():
             _check_shapes(where, saved[item], _named(tree))
-        args = {item: ocp.args.StandardRestore(_abstract(_named(tree))) for item, tree in like.items()}
+        args = {item: ocp.args.StandardRestore(_named(tree)) for item, tree in like.items()}
         with _unreadable_named(where):
             restored = self._manager.restore(step, args=ocp.args.Composite(**args))
         return [
@@ -117,10 +118,6 @@ def _named(tree: Any) -> dict[str, Any]:
     return {
         jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): leaf for path, leaf in leaves
     }
-
-
-def _abstract(named: dict[str, Any]) -> dict[str, Any]:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), named)
 
 
 def _check_shapes(where: Path, saved: Any, expected: dict[str, Any]) -> None:
@@ -182,18 +179,20 @@ def read_run(workdir: Path) -> RunConfig:
         raise ValueError(f"{path} is damaged ({error}); restore it, or use another work directory") from error
 
 
+def has_checkpoint(workdir: Path) -> bool:
+    """Whether a finished checkpoint lies in the work directory; opens and makes nothing."""
+    directory = Path(workdir) / CHECKPOINTS
+    return directory.is_dir() and any(entry.name.isdigit() for entry in directory.iterdir())
+
+
 def load_trained(workdir: Path) -> tuple[RunConfig, Llama, int]:
     """The run in a work directory, its latest model on one device (the first), and the step it was saved at."""
     run = read_run(workdir)
-    checkpoints = Checkpoints(workdir) if (Path(workdir) / "checkpoints").is_dir() else None
-    step = checkpoints.latest_step() if checkpoints else None
-    if step is None:
+    if not has_checkpoint(workdir):
         raise ValueError(f"{workdir} holds no checkpoint yet; let launch.train reach its first one")
+    checkpoints = Checkpoints(workdir)
+    step = checkpoints.latest_step()
     mesh = make_mesh(devices=jax.devices()[:1])
-    like = jax.eval_shape(lambda: init_llama(run.model, run.gist, 0))
-    like = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like, tree_shardings(mesh, like)
-    )
-    model = checkpoints.restore_model(like)
+    model = checkpoints.restore_model(abstract_on(mesh, jax.eval_shape(lambda: init_llama(run.model, run.gist, 0))))
     checkpoints.close()
     return run, model, step

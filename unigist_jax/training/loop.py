@@ -25,9 +25,9 @@ from unigist_jax.data.from_config import recall_rows, run_tokenizer, spread_rows
 from unigist_jax.model import Llama
 from unigist_jax.model.hf import load_hf
 from unigist_jax.sharding import batch_sharding, make_mesh
-from unigist_jax.training.checkpoint import Checkpoints, check_workdir, claim_workdir
+from unigist_jax.training.checkpoint import Checkpoints, check_workdir, claim_workdir, has_checkpoint
 from unigist_jax.training.metrics import MetricsWriter
-from unigist_jax.training.step import Batch, TrainState, make_eval_step, make_state, make_train_step
+from unigist_jax.training.step import Batch, TrainState, abstract_state, make_eval_step, make_state, make_train_step
 
 
 def train(
@@ -65,14 +65,15 @@ def train(
     check_workdir(workdir, run)
     data, heldout = _read_data(run, tokenizer)
 
-    model = _initial_model(run, init_from, mesh) if init_from else None
+    model = _initial_model(run, init_from, mesh) if init_from and not has_checkpoint(workdir) else None
     _first_process_then_all(lambda: claim_workdir(workdir, run))  # now that nothing in the config can be wrong any more
     with jax.set_mesh(mesh), contextlib.ExitStack() as closing:
-        state = make_state(run, mesh, model)
         checkpoints = Checkpoints(workdir, run.train.keep_checkpoints)
         closing.callback(checkpoints.close)
-        if checkpoints.latest_step() is not None:
-            state = checkpoints.restore(state)
+        if checkpoints.latest_step() is None:
+            state = make_state(run, mesh, model)
+        else:
+            state = checkpoints.restore(abstract_state(run, mesh))
         start = int(state.step)
         end = run.train.steps if stop_at_step is None else min(stop_at_step, run.train.steps)
 

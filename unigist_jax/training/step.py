@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from unigist_jax.config import RunConfig
 from unigist_jax.model import Llama, init_llama
-from unigist_jax.sharding import tree_shardings
+from unigist_jax.sharding import abstract_on, tree_shardings
 from unigist_jax.training.loss import summed_loss
 from unigist_jax.training.optimizer import learning_rate, make_optimizer
 
@@ -45,14 +45,23 @@ class TrainState:
     opt_state: Any
 
 
+def _fresh_state(run: RunConfig, model: Llama | None) -> TrainState:
+    if model is None:
+        model = init_llama(run.model, run.gist, run.train.seed)
+    optimizer = make_optimizer(run.optim, run.train.steps)
+    return TrainState(jnp.int32(0), model, optimizer.init(model))
+
+
+def abstract_state(run: RunConfig, mesh: jax.sharding.Mesh) -> TrainState:
+    """The state's shapes, dtypes and shardings on the mesh, to restore a checkpoint into."""
+    return abstract_on(mesh, jax.eval_shape(lambda: _fresh_state(run, None)))
+
+
 def make_state(run: RunConfig, mesh: jax.sharding.Mesh, model: Llama | None = None) -> TrainState:
     """A fresh state, laid out on the mesh from the start. `model`: weights to begin with, else random ones."""
 
     def fresh(model):
-        if model is None:
-            model = init_llama(run.model, run.gist, run.train.seed)
-        optimizer = make_optimizer(run.optim, run.train.steps)
-        return TrainState(jnp.int32(0), model, optimizer.init(model))
+        return _fresh_state(run, model)
 
     shardings = tree_shardings(mesh, jax.eval_shape(fresh, model))
     return jax.jit(fresh, out_shardings=shardings)(model)
