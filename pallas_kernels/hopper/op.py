@@ -52,7 +52,7 @@ def gist_attention_hopper(
     Differentiable in reverse mode with respect to q and kv.
 
     Args:
-      deterministic: False lets the backward pass add to q's gradient in any order; runs may then differ in their last bits.
+      deterministic: False lets the backward add to q's gradient in any order; runs may differ in their last bits.
       blocks: block sizes in place of those of the table in blocks.py.
 
     Raises:
