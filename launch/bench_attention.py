@@ -23,10 +23,10 @@ import jax.numpy as jnp
 from absl import flags
 
 from launch.flags import run_main
-from pallas_kernels.gist_attention import GistKV, require_hopper
-from pallas_kernels.hopper import gist_attention_hopper
+from pallas_kernels import hopper
+from pallas_kernels.backends import usable_backends
+from pallas_kernels.gist_attention import GistKV
 from pallas_kernels.hopper.blocks import BackwardBlocks, ForwardBlocks
-from pallas_kernels.hopper.decode import decode_attention_hopper
 from unigist_jax.layout import GistLayout, unit_starts
 
 LENGTHS = flags.DEFINE_list("lengths", ["16384", "32768", "65536", "131072"], "raw tokens")
@@ -93,7 +93,7 @@ def inputs(layout: GistLayout, num_units: int):
 def gist(layout: GistLayout, num_units: int, doc_start=None, **options):
     """This kernel as a function of q and kv."""
     starts = unit_starts(layout, num_units, jnp.int32(0), doc_start)
-    return lambda q, kv: gist_attention_hopper(q, kv, layout, 0, 0, starts, **options)
+    return lambda q, kv: hopper.attend(q, kv, layout, 0, 0, starts, **options)
 
 
 def cudnn(length: int):
@@ -166,7 +166,7 @@ def bench_decode(batch: int, copy_tb_s: float) -> dict:
         kv = (normal(10 * i + j, *shape, KV_HEADS.value, DIM.value) for j, shape in enumerate(lengths) for _ in (0, 1))
         caches.append((normal(10 * i + 9, batch, 2, HEADS.value, DIM.value), GistKV(*kv)))
     raw_index = jnp.full((batch,), gists * layout.ratio - 1, jnp.int32)
-    step = jax.jit(lambda caches: [decode_attention_hopper(q, kv, layout, raw_index) for q, kv in caches])
+    step = jax.jit(lambda caches: [hopper.decode(q, kv, layout, raw_index) for q, kv in caches])
     ms = milliseconds(step, caches) / sets
     tb_s = sum(x.nbytes for x in caches[0][1]) / ms / 1e9
     return {"batch": batch, "us": ms * 1e3, "tb_s": tb_s, "share_of_copy": tb_s / copy_tb_s}
@@ -208,7 +208,8 @@ def plot(rows: list[dict], path: str) -> None:
 
 
 def main(_: list[str]) -> None:
-    require_hopper()
+    if "hopper" not in usable_backends():
+        raise ValueError(f"this benchmark needs a GPU of compute capability 9.x, not {jax.devices()[0].device_kind}")
     lengths, ratios = ([int(x) for x in flag.value] for flag in (LENGTHS, RATIOS))
     result = {
         "command": " ".join(["python -m launch.bench_attention", *sys.argv[1:]]),

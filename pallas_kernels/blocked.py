@@ -26,7 +26,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.ranges import RowRanges, source_ranges, tile_runs
+from pallas_kernels.reference import decode, decode_refusal, refusal
 from unigist_jax.layout import GistLayout, UnitStarts, split_segment
+
+# a decoding step is one pair of rows: the dense form needs no blocks; and like it this takes any arguments
+__all__ = ["BlockSizes", "attend", "causal_attention", "decode", "decode_refusal", "interval_attention", "refusal"]
 
 
 class KeySource(NamedTuple):
@@ -176,7 +180,7 @@ def _backward(block, residuals, d_out):
 _attend.defvjp(_forward, _backward)
 
 
-def gist_attention_blocked(
+def attend(
     q,
     kv,
     layout: GistLayout,

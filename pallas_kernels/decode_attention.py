@@ -15,32 +15,17 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.gist_attention import GistKV, require_hopper
-from pallas_kernels.reference import masked_attention
+from pallas_kernels.backends import choose
+from pallas_kernels.gist_attention import GistKV
 from unigist_jax.layout import GistLayout
-
-BACKENDS = ("hopper", "reference")
 
 
 def ring_raw_index(newest: Int32[Array, " B"], slots: int) -> Int32[Array, "B W"]:
     """Index of the raw that each ring slot holds when `newest` is the newest raw; negative: never written."""
     slot = jnp.arange(slots, dtype=jnp.int32)
     return newest[:, None] - (newest[:, None] - slot) % slots
-
-
-def decode_mask(
-    layout: GistLayout, num_sinks: int, num_gists: int, slots: int, raw_index: Int32[Array, " B"]
-) -> Bool[Array, "B 2 K"]:
-    """What the new raw (row 0) and its unit's gist (row 1) see; keys in the order sinks, gists, ring slots."""
-    unit = (raw_index // layout.ratio)[:, None]
-    gist = jnp.arange(num_gists)
-    held = ring_raw_index(raw_index, slots)
-    raws = held >= jnp.maximum(0, unit - layout.window_units) * layout.ratio
-    sinks = jnp.ones((raw_index.shape[0], num_sinks), bool)
-    rows = [jnp.concatenate([sinks, gists, raws], axis=-1) for gists in (gist < unit, gist <= unit)]
-    return jnp.stack(rows, axis=1)
 
 
 def decode_attention(
@@ -59,7 +44,7 @@ def decode_attention(
         `raw_index // r`, and the raw ring [B, W, Hkv, D] with the new raw at `raw_index % W`, W = (k + 1) * r.
       layout: ratio, sinks and window.
       raw_index: int32 [B], index of the new raw in its sequence.
-      backend: "reference" (XLA, float32, any device), "hopper" (compute capability 9.x), or None for "reference".
+      backend: a name in `pallas_kernels.backends.BACKENDS`, or None for the first that can.
 
     Returns:
       [B, 2, Hq, D] in q's dtype.
@@ -67,21 +52,9 @@ def decode_attention(
     Raises:
       ValueError: for an unknown backend, one that cannot run here, or a ring of another size than the layout's.
     """
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"unknown decode backend {backend!r}; choose one of {sorted(BACKENDS)} or None")
     slots = (layout.window_units + 1) * layout.ratio
     if kv.raw_k.shape[1] != slots:
         raise ValueError(f"the raw ring has {kv.raw_k.shape[1]} slots; {layout} needs window + ratio = {slots}")
-    if backend == "hopper":
-        require_hopper()
-        from pallas_kernels.hopper.decode import decode_attention_hopper
-
-        with jax.named_scope("decode_attention_hopper"):
-            return decode_attention_hopper(q, kv, layout, raw_index)
-    mask = decode_mask(layout, kv.sink_k.shape[0], kv.gist_k.shape[1], slots, raw_index)
-
-    def keys(sinks, gists, raws):
-        return jnp.concatenate([jnp.broadcast_to(sinks, (q.shape[0], *sinks.shape)), gists, raws], axis=1)
-
-    with jax.named_scope("decode_attention_reference"):
-        return masked_attention(q, keys(kv.sink_k, kv.gist_k, kv.raw_k), keys(kv.sink_v, kv.gist_v, kv.raw_v), mask)
+    name, module = choose(backend, q, kv, layout, decode=True)
+    with jax.named_scope(f"decode_attention_{name}"):
+        return module.decode(q, kv, layout, raw_index)

@@ -18,15 +18,13 @@ One op serves four situations; only where the keys come from differs:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.blocked import gist_attention_blocked
-from pallas_kernels.reference import gist_attention_reference
+from pallas_kernels.backends import choose
 from unigist_jax.layout import GistLayout, unit_starts
 
 
@@ -39,41 +37,6 @@ class GistKV(NamedTuple):
     gist_v: Float[Array, "B G Hkv D"]
     raw_k: Float[Array, "B R Hkv D"]
     raw_v: Float[Array, "B R Hkv D"]
-
-
-def require_hopper() -> None:
-    """Raises ValueError where the Hopper kernels cannot run, naming why and what can."""
-    advice = 'use backend="blocked", which runs on any device'
-    if jax.__version_info__ < (0, 11):
-        raise ValueError(f'backend="hopper" needs jax 0.11 or later, this is {jax.__version__}; {advice}')
-    device = jax.devices()[0]
-    if device.platform != "gpu" or not str(getattr(device, "compute_capability", "")).startswith("9."):
-        raise ValueError(
-            f'backend="hopper" needs a GPU of compute capability 9.x, this is {device.device_kind}; {advice}'
-        )
-
-
-def _gist_attention_hopper(*arguments) -> Array:
-    require_hopper()
-    from pallas_kernels.hopper import gist_attention_hopper  # only where it is asked for: it needs jax's GPU dialects
-
-    return gist_attention_hopper(*arguments)
-
-
-BACKENDS: dict[str, Callable] = {
-    "reference": gist_attention_reference,
-    "blocked": gist_attention_blocked,
-    "hopper": _gist_attention_hopper,
-}
-
-
-def resolve_backend(backend: str | None) -> str:
-    """The backend's name, `blocked` for None. Raises ValueError for an unknown one, naming those that exist."""
-    if backend is None:
-        return "blocked"
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown attention backend {backend!r}; choose one of {sorted(BACKENDS)} or None")
-    return backend
 
 
 def gist_attention(
@@ -98,18 +61,17 @@ def gist_attention(
       doc_start: int32 [B, G], first unit of each unit's document; None for one document from unit 0.
       raw_start: int32 [B, G], first unit whose raws a unit sees, in place of the sliding window `u - k`; for chunk
         windows. The document's start still cuts it.
-      backend: "reference" (dense float32 oracle), "blocked" (any device), "hopper" (fused kernels for compute
-        capability 9.x), or None for "blocked".
+      backend: a name in `pallas_kernels.backends.BACKENDS`, or None for the first that can.
 
     Returns:
       [B, P, Hq, D] in q's dtype. Scores are scaled by D ** -0.5.
 
     Raises:
       ValueError: for shapes that do not fit each other or the layout, raws that do not reach far enough (when the units
-        are ints), an unknown backend, or one that cannot run here.
+        are ints), an unknown backend, or one that cannot run here or does not take the arguments.
     """
-    name = resolve_backend(backend)
     num_units = _check(q, kv, layout, first_unit, first_raw_unit, doc_start, raw_start)
+    name, module = choose(backend, q, kv, layout)
     first_unit, first_raw_unit = (jnp.asarray(x, jnp.int32) for x in (first_unit, first_raw_unit))
 
     def of_segment(per_unit):
@@ -119,7 +81,7 @@ def gist_attention(
 
     starts = unit_starts(layout, num_units, first_unit, of_segment(doc_start), of_segment(raw_start))
     with jax.named_scope(f"gist_attention_{name}"):
-        return BACKENDS[name](q, kv, layout, first_unit, first_raw_unit, starts)
+        return module.attend(q, kv, layout, first_unit, first_raw_unit, starts)
 
 
 def _check(q, kv, layout, first_unit, first_raw_unit, doc_start, raw_start) -> int:

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int32
 
+from pallas_kernels.decode_attention import ring_raw_index
 from unigist_jax.layout import GistLayout, UnitStarts
 
 
@@ -63,7 +64,15 @@ def masked_attention(
     return out.reshape(q.shape).astype(q.dtype)
 
 
-def gist_attention_reference(q, kv, layout, first_unit, first_raw_unit, starts) -> Float[Array, "B P Hq D"]:
+def refusal(q, kv, layout) -> None:
+    """It takes everything."""
+    return None
+
+
+decode_refusal = refusal
+
+
+def attend(q, kv, layout, first_unit, first_raw_unit, starts) -> Float[Array, "B P Hq D"]:
     """Oracle of `pallas_kernels.gist_attention.gist_attention`; same arguments, `starts` per unit of the segment."""
     batch = q.shape[0]
     mask = visibility_mask(
@@ -80,5 +89,28 @@ def gist_attention_reference(q, kv, layout, first_unit, first_raw_unit, starts) 
     def keys(sinks, gists, raws):
         sinks = jnp.broadcast_to(sinks, (batch, *sinks.shape))
         return jnp.concatenate([x.astype(jnp.float32) for x in (sinks, gists, raws)], axis=1)
+
+    return masked_attention(q, keys(kv.sink_k, kv.gist_k, kv.raw_k), keys(kv.sink_v, kv.gist_v, kv.raw_v), mask)
+
+
+def decode_mask(
+    layout: GistLayout, num_sinks: int, num_gists: int, slots: int, raw_index: Int32[Array, " B"]
+) -> Bool[Array, "B 2 K"]:
+    """What the new raw (row 0) and its unit's gist (row 1) see; keys in the order sinks, gists, ring slots."""
+    unit = (raw_index // layout.ratio)[:, None]
+    gist = jnp.arange(num_gists)
+    held = ring_raw_index(raw_index, slots)
+    raws = held >= jnp.maximum(0, unit - layout.window_units) * layout.ratio
+    sinks = jnp.ones((raw_index.shape[0], num_sinks), bool)
+    rows = [jnp.concatenate([sinks, gists, raws], axis=-1) for gists in (gist < unit, gist <= unit)]
+    return jnp.stack(rows, axis=1)
+
+
+def decode(q, kv, layout, raw_index) -> Float[Array, "B 2 Hq D"]:
+    """Oracle of `pallas_kernels.decode_attention.decode_attention`; same arguments."""
+    mask = decode_mask(layout, kv.sink_k.shape[0], kv.gist_k.shape[1], kv.raw_k.shape[1], raw_index)
+
+    def keys(sinks, gists, raws):
+        return jnp.concatenate([jnp.broadcast_to(sinks, (q.shape[0], *sinks.shape)), gists, raws], axis=1)
 
     return masked_attention(q, keys(kv.sink_k, kv.gist_k, kv.raw_k), keys(kv.sink_v, kv.gist_v, kv.raw_v), mask)

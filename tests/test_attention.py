@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
-from pallas_kernels import GistKV, decode_attention, gist_attention
-from pallas_kernels.blocked import BlockSizes, causal_attention, gist_attention_blocked
+from pallas_kernels import GistKV, blocked, decode_attention, gist_attention
+from pallas_kernels.blocked import BlockSizes, causal_attention
 from unigist_jax.layout import GistLayout, assemble_segment, causal_order, document_starts, split_segment, unit_starts
 
 DIM = 8
@@ -73,7 +73,7 @@ def compiled(layout, block=None, with_gradient=False):
         num_units = layout.segment_units(q.shape[1])
         part = jax.lax.dynamic_slice_in_dim(doc_start, first_unit, num_units, axis=1)
         starts = unit_starts(layout, num_units, first_unit, part)
-        return gist_attention_blocked(q, kv, layout, first_unit, first_raw_unit, starts, block)
+        return blocked.attend(q, kv, layout, first_unit, first_raw_unit, starts, block)
 
     def loss(q, kv, weight, *rest):
         out = attend(q, kv, *rest)
@@ -184,7 +184,7 @@ def test_blocked_passes_check_grads():
 
     def attend(q, kv):
         q, kv = jax.tree.map(jnp.asarray, (q, kv))  # check_grads perturbs in NumPy
-        return gist_attention_blocked(q, kv, layout, 0, 0, starts, BlockSizes(4, 4))
+        return blocked.attend(q, kv, layout, 0, 0, starts, BlockSizes(4, 4))
 
     check_grads(jax.jit(attend), (q, kv), order=1, modes=["rev"], rtol=2e-2, atol=2e-3)
 
@@ -223,7 +223,7 @@ def test_bad_arguments_are_named():
     q, kv = random_case(0, layout, 3)
     with pytest.raises(ValueError, match=r"unknown attention backend 'flash'.*blocked.*reference"):
         gist_attention(q, kv, layout, backend="flash")
-    with pytest.raises(ValueError, match=r'backend="hopper" needs .*use backend="blocked"'):
+    with pytest.raises(ValueError, match=r'backend="hopper" needs .*; here "blocked", "reference" or None can be used'):
         gist_attention(q, kv, layout, backend="hopper")
     with pytest.raises(ValueError, match=r"8 positions.*ratio \+ 1 = 3"):
         gist_attention(q[:, :8], kv, layout)

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.hopper.op import check_supported, pad_keys
+from pallas_kernels.hopper.op import pad_keys, refusal
 from unigist_jax.layout import GistLayout
 
 KEYS = 64
@@ -49,27 +49,25 @@ def choose_splits(pairs: int, num_tiles: int) -> int:
     return max(used, key=lambda c: (round(used[c], 2), -c))
 
 
-def decode_attention_hopper(
+def decode_refusal(q, kv, layout: GistLayout) -> str | None:
+    """Why the decoding kernel does not take these arguments; None if it does."""
+    group = q.shape[2] // kv.gist_k.shape[2]
+    if 2 * group > ROWS:
+        return f"decodes at most {ROWS // 2} query heads per KV head, got {group}"
+    return refusal(q, kv, layout)
+
+
+def decode(
     q: Float[Array, "B 2 Hq D"],
     kv,
     layout: GistLayout,
     raw_index: Int32[Array, " B"],
     stages: int = 6,
 ) -> Float[Array, "B 2 Hq D"]:
-    """Hopper form of `pallas_kernels.decode_attention.decode_attention`; same arguments.
-
-    Raises:
-      ValueError: for a dtype, head dim or ratio that the kernels do not take, or more than 32 query heads a KV head.
-    """
-    check_supported(q, kv, layout)
+    """Hopper form of `pallas_kernels.decode_attention.decode_attention`; same arguments."""
     batch, _, num_heads, dim = q.shape
     num_sinks, slots, num_kv_heads = kv.sink_k.shape[0], kv.raw_k.shape[1], kv.gist_k.shape[2]
     group = num_heads // num_kv_heads
-    if 2 * group > ROWS:
-        raise ValueError(
-            f"the hopper backend decodes at most {ROWS // 2} query heads per KV head, got {group}; "
-            'use backend="reference", which runs on any device'
-        )
     kv = type(kv)(*(pad_keys(x) for x in kv))
     sinks = (kv.sink_k, kv.sink_v) if num_sinks else ()
     sink_tiles, ring_tiles = -(-num_sinks // KEYS), -(-slots // KEYS)

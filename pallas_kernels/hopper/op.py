@@ -24,20 +24,20 @@ HEAD_DIMS = (64, 128)
 RATIOS = (2, 4, 8, 16, 32)
 
 
-def check_supported(q, kv, layout: GistLayout) -> None:
-    """Raises ValueError for what the Hopper kernels do not compute, naming the backend that does."""
-    advice = 'use backend="blocked", which runs on any device'
+def refusal(q, kv, layout: GistLayout) -> str | None:
+    """Why the Hopper kernels do not take these arguments; None if they do."""
     dtypes = {jnp.dtype(x.dtype) for x in (q, *kv)}
     if len(dtypes) > 1 or not dtypes <= {jnp.dtype(x) for x in DTYPES}:
         names = ", ".join(sorted(x.name for x in dtypes))
-        raise ValueError(f"the hopper backend takes q and kv all in bfloat16 or all in float16, got {names}; {advice}")
+        return f"takes q and kv all in bfloat16 or all in float16, got {names}"
     if q.shape[-1] not in HEAD_DIMS:
-        raise ValueError(f"the hopper backend takes head dims {HEAD_DIMS}, got {q.shape[-1]}; {advice}")
+        return f"takes head dims {HEAD_DIMS}, got {q.shape[-1]}"
     if layout.ratio not in RATIOS:
-        raise ValueError(f"the hopper backend takes ratios {RATIOS}, got {layout.ratio}; {advice}")
+        return f"takes ratios {RATIOS}, got {layout.ratio}"
+    return None
 
 
-def gist_attention_hopper(
+def attend(
     q: Float[Array, "B P Hq D"],
     kv,
     layout: GistLayout,
@@ -54,11 +54,7 @@ def gist_attention_hopper(
     Args:
       deterministic: False lets the backward add to q's gradient in any order; runs may differ in their last bits.
       blocks: block sizes in place of those of the table in blocks.py.
-
-    Raises:
-      ValueError: for a dtype, head dim or ratio that the kernels do not take.
     """
-    check_supported(q, kv, layout)
     if q.shape[1] == 0:
         return q
     segment = segment_of(layout, q.shape[1])

@@ -45,7 +45,7 @@ def decode_logits(model: Llama, cache: GistCache, tokens: Int32[Array, " B"]) ->
                 old.raw_v.at[rows, slot].set(v[:, 0]),
             )
             kv = GistCache.layer_kv(cache, index)._replace(**new._asdict())
-            return decode_attention(q, kv, layout, raw_index), new
+            return decode_attention(q, kv, layout, raw_index, model.config.attention_backend), new
 
         x, layer_kv = model.layer(index)(x, angles, attend)
         layers.append(layer_kv)

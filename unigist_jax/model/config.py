@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from pallas_kernels.gist_attention import resolve_backend
+from pallas_kernels.backends import check_name
 
 DTYPES = ("float32", "bfloat16", "float16")
 REMAT_POLICIES = ("none", "full", "dots")
@@ -81,4 +81,4 @@ class LlamaConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"LlamaConfig.{name}={getattr(self, name)!r} is unknown; choose one of {allowed}")
-        resolve_backend(self.attention_backend)
+        check_name(self.attention_backend)

@@ -1,0 +1,116 @@
+"""The backends of gist attention: where each can run, what it takes, and which one is chosen where none is named.
+
+A backend is a module with four functions, imported when it is first asked for:
+
+    refusal(q, kv, layout) -> str | None           why it does not compute attention on these arguments, None if it does
+    decode_refusal(q, kv, layout) -> str | None    the same for a decoding step
+    attend(q, kv, layout, first_unit, first_raw_unit, starts)       see `pallas_kernels.gist_attention`
+    decode(q, kv, layout, raw_index)                                see `pallas_kernels.decode_attention`
+
+  |             | runs on                                      | chosen by None                       |
+  |-------------|----------------------------------------------|--------------------------------------|
+  | "hopper"    | GPUs of compute capability 9.x, jax >= 0.11  | first, where it takes the arguments  |
+  | "blocked"   | any device                                   | else                                 |
+  | "reference" | any device; dense, for tests                 | never                                |
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import importlib
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+
+_TARGET: contextvars.ContextVar[Any] = contextvars.ContextVar("target_device", default=None)
+
+
+class Backend(NamedTuple):
+    """Where the backend's functions are, and why they cannot run on a device (None if they can)."""
+
+    module: str
+    obstacle: Callable[[Any], str | None]
+
+
+def _runs_anywhere(_) -> None:
+    return None
+
+
+def _not_hopper(device) -> str | None:
+    if jax.__version_info__ < (0, 11):
+        return f"needs jax 0.11 or later, this is {jax.__version__}"
+    if device.platform not in ("gpu", "cuda") or not str(getattr(device, "compute_capability", "")).startswith("9."):
+        return f"needs a GPU of compute capability 9.x, this is {device.device_kind}"
+    return None
+
+
+# in the order in which None tries them
+BACKENDS = {
+    "hopper": Backend("pallas_kernels.hopper", _not_hopper),
+    "blocked": Backend("pallas_kernels.blocked", _runs_anywhere),
+    "reference": Backend("pallas_kernels.reference", _runs_anywhere),
+}
+
+
+@contextlib.contextmanager
+def compiling_for(device) -> Iterator[None]:
+    """Within it, backends are chosen for `device`, a device of an ahead-of-time topology, instead of this machine's."""
+    token = _TARGET.set(device)
+    try:
+        yield
+    finally:
+        _TARGET.reset(token)
+
+
+def usable_backends() -> list[str]:
+    """Names of the backends that run on this machine's first device (or that of `compiling_for`), best first."""
+    device = _target_device()
+    return [name for name, backend in BACKENDS.items() if backend.obstacle(device) is None]
+
+
+def check_name(name: str | None) -> None:
+    """Raises ValueError for a name that is neither a backend nor None, naming those that exist."""
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"unknown attention backend {name!r}; choose one of {sorted(BACKENDS)} or None")
+
+
+def choose(name: str | None, q, kv, layout, decode: bool = False) -> tuple[str, ModuleType]:
+    """The backend that computes these arguments here: its name and its module.
+
+    Args:
+      name: a backend, or None for the first that can.
+      decode: for a decoding step.
+
+    Raises:
+      ValueError: for an unknown backend, or one that cannot run on this device or does not take the arguments; the
+        message says why and which ones can.
+    """
+    check_name(name)
+    if name is None:
+        return next(_able(q, kv, layout, decode))
+    reason = BACKENDS[name].obstacle(_target_device())
+    if reason is None:
+        module = importlib.import_module(BACKENDS[name].module)
+        reason = _refusal(module, decode)(q, kv, layout)
+    if reason is None:
+        return name, module
+    able = ", ".join(f'"{able}"' for able, _ in _able(q, kv, layout, decode))
+    raise ValueError(f'backend="{name}" {reason}; here {able} or None can be used')
+
+
+def _target_device():
+    return _TARGET.get() or jax.devices()[0]
+
+
+def _refusal(module: ModuleType, decode: bool) -> Callable[..., str | None]:
+    return module.decode_refusal if decode else module.refusal
+
+
+def _able(q, kv, layout, decode: bool) -> Iterator[tuple[str, ModuleType]]:
+    for name in usable_backends():
+        module = importlib.import_module(BACKENDS[name].module)
+        if _refusal(module, decode)(q, kv, layout) is None:
+            yield name, module
