@@ -67,7 +67,7 @@ def compiling_for(device) -> Iterator[None]:
 
 def usable_backends() -> list[str]:
     """Names of the backends that run on this machine's first device (or that of `compiling_for`), best first."""
-    device = _target_device()
+    device = target_device()
     return [name for name, backend in BACKENDS.items() if backend.obstacle(device) is None]
 
 
@@ -91,7 +91,7 @@ def choose(name: str | None, q, kv, layout, decode: bool = False) -> tuple[str, 
     check_name(name)
     if name is None:
         return next(_able(q, kv, layout, decode))
-    reason = BACKENDS[name].obstacle(_target_device())
+    reason = BACKENDS[name].obstacle(target_device())
     if reason is None:
         module = importlib.import_module(BACKENDS[name].module)
         reason = _refusal(module, decode)(q, kv, layout)
@@ -101,7 +101,8 @@ def choose(name: str | None, q, kv, layout, decode: bool = False) -> tuple[str, 
     raise ValueError(f'backend="{name}" {reason}; here {able} or None can be used')
 
 
-def _target_device():
+def target_device():
+    """The device that backends are chosen for: that of `compiling_for`, or this machine's first."""
     return _TARGET.get() or jax.devices()[0]
 
 

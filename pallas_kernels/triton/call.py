@@ -1,0 +1,46 @@
+"""The call of a Triton kernel from JAX, and the compute capability that it is compiled for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+
+from pallas_kernels.backends import target_device
+
+
+def capability() -> int:
+    """Compute capability of the target device times ten: 90 for 9.0."""
+    major, minor = str(target_device().compute_capability).split(".")
+    return int(major) * 10 + int(minor)
+
+
+def launch(
+    kernel,
+    grid: tuple[int, ...],
+    inputs: Sequence[jax.Array | int],
+    outputs: Sequence[jax.ShapeDtypeStruct],
+    warps: int,
+    stages: int,
+    **constants,
+) -> tuple[jax.Array, ...]:
+    """Runs `kernel(*inputs, *outputs, **constants)` on a grid, and returns the outputs.
+
+    Args:
+      inputs: arrays, then ints, in the order of the kernel's arguments.
+      outputs: shapes and dtypes of arrays that the kernel writes; what it leaves unwritten is undefined.
+    """
+    import jax_triton  # fails where jaxlib has no GPU, so not before a kernel is called
+
+    return tuple(
+        jax_triton.triton_call(
+            *inputs,
+            kernel=kernel,
+            out_shape=tuple(outputs),
+            grid=grid,
+            num_warps=warps,
+            num_stages=stages,
+            compute_capability=capability(),
+            **constants,
+        )
+    )
