@@ -10,6 +10,8 @@ A backend is a module with four functions, imported when it is first asked for:
   |             | runs on                                      | chosen by None                       |
   |-------------|----------------------------------------------|--------------------------------------|
   | "hopper"    | GPUs of compute capability 9.x, jax >= 0.11  | first, where it takes the arguments  |
+  | "triton"    | NVIDIA GPUs from compute capability 8.0 on,  | next, where it takes the arguments   |
+  |             | with the packages triton and jax-triton      |                                      |
   | "blocked"   | any device                                   | else                                 |
   | "reference" | any device; dense, for tests                 | never                                |
 """
@@ -19,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import importlib
+import importlib.util
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -47,9 +50,20 @@ def _not_hopper(device) -> str | None:
     return None
 
 
+def _not_triton(device) -> str | None:
+    capability = str(getattr(device, "compute_capability", ""))
+    if device.platform not in ("gpu", "cuda") or not capability.split(".")[0].isdecimal() or float(capability) < 8:
+        return f"needs an NVIDIA GPU of compute capability 8.0 or later, this is {device.device_kind}"
+    missing = [name for name in ("triton", "jax_triton") if importlib.util.find_spec(name) is None]
+    if missing:
+        return f"needs the packages triton and jax-triton (requirements-gpu.txt), {' and '.join(missing)} not found"
+    return None
+
+
 # in the order in which None tries them
 BACKENDS = {
     "hopper": Backend("pallas_kernels.hopper", _not_hopper),
+    "triton": Backend("pallas_kernels.triton", _not_triton),
     "blocked": Backend("pallas_kernels.blocked", _runs_anywhere),
     "reference": Backend("pallas_kernels.reference", _runs_anywhere),
 }

@@ -1,9 +1,5 @@
-"""The Hopper backend.
-
-On any machine: what it refuses, its tables, and (where jax's CUDA plugin is installed) compilation for an H100 without
-a GPU. On a Hopper GPU, the numbers against the float32 oracle (conftest.py would hide the GPU):
-
-    XLA_PYTHON_CLIENT_PREALLOCATE=false python -m pytest --noconftest tests/test_hopper.py -k gpu
+"""The Hopper backend on any machine: what it refuses, its tables, and (where jax's CUDA plugin is installed) that it
+compiles for an H100 without a GPU. Its numbers are held to the oracle on a GPU by test_kernels.py.
 """
 
 import os
@@ -11,47 +7,18 @@ import subprocess
 import sys
 import textwrap
 
-import jax
 import jax.numpy as jnp
+import kernel_cases
 import numpy as np
 import pytest
 
 from pallas_kernels import reference
-from pallas_kernels.gist_attention import GistKV
-from unigist_jax.layout import GistLayout, document_starts, unit_starts
+from unigist_jax.layout import GistLayout, unit_starts
 
 plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 hopper = pytest.importorskip("pallas_kernels.hopper")
 plan = pytest.importorskip("pallas_kernels.hopper.plan")
 decode = pytest.importorskip("pallas_kernels.hopper.decode")
-
-TOLERANCE = {"bfloat16": 5e-3, "float16": 1e-3}
-
-
-def has_hopper() -> bool:
-    try:
-        return jax.devices("gpu")[0].compute_capability == "9.0"
-    except RuntimeError:
-        return False
-
-
-on_gpu = pytest.mark.skipif(not has_hopper(), reason="needs a GPU of compute capability 9.0")
-
-
-def random_inputs(rng, layout, num_units, num_gists, num_raws, batch, heads, kv_heads, dim, dtype):
-    def array(*shape):
-        return jnp.asarray(rng.standard_normal(shape, dtype=np.float32), dtype)
-
-    q_shape = (batch, (layout.ratio + 1) * num_units, heads, dim)
-    lengths = ((layout.num_sinks,), (batch, num_gists), (batch, num_raws))
-    kv = GistKV(*(array(*length, kv_heads, dim) for length in lengths for _ in (0, 1)))
-    return array(*q_shape), kv, array(*q_shape)
-
-
-def random_documents(rng, batch, num_units):
-    ids = np.cumsum(rng.random((batch, num_units)) < 0.03, axis=1)
-    ids[:, 3:] += 1
-    return document_starts(ids)
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
@@ -59,21 +26,21 @@ def random_documents(rng, batch, num_units):
 
 @pytest.mark.parametrize(
     ("dtype", "dim", "ratio", "said"),
-    [(jnp.float32, 128, 4, "float32"), (jnp.bfloat16, 96, 4, "96"), (jnp.bfloat16, 128, 3, "ratios")],
+    [("float32", 128, 4, "float32"), ("bfloat16", 96, 4, "96"), ("bfloat16", 128, 3, "ratios")],
 )
 def test_refusals_name_the_value(dtype, dim, ratio, said):
-    layout = GistLayout(ratio, 8, 0)
-    q, kv, _ = random_inputs(np.random.default_rng(0), layout, 2, 2, 2 * ratio, 1, 2, 1, dim, dtype)
-    assert said in hopper.refusal(q, kv, layout)
-    assert said in hopper.decode_refusal(q, kv, layout)
+    case = kernel_cases.small(2, ratio=ratio, window=0, dim=dim, dtype=dtype)
+    q, kv = kernel_cases.inputs(case)[:2]
+    assert said in hopper.refusal(q, kv, case.layout)
+    assert said in hopper.decode_refusal(q, kv, case.layout)
 
 
 def test_refuses_mixed_dtypes_and_too_many_heads_to_decode():
-    layout = GistLayout(4, 8, 0)
-    q, kv, _ = random_inputs(np.random.default_rng(0), layout, 2, 2, 8, 1, 33, 1, 64, jnp.bfloat16)
-    assert hopper.refusal(q, kv, layout) is None
-    assert "got 33" in hopper.decode_refusal(q, kv, layout)
-    assert "float16" in hopper.refusal(q.astype(jnp.float16), kv, layout)
+    case = kernel_cases.small(2, heads=33)
+    q, kv = kernel_cases.inputs(case)[:2]
+    assert hopper.refusal(q, kv, case.layout) is None
+    assert "got 33" in hopper.decode_refusal(q, kv, case.layout)
+    assert "float16" in hopper.refusal(q.astype(jnp.float16), kv, case.layout)
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -85,7 +52,7 @@ def test_refuses_mixed_dtypes_and_too_many_heads_to_decode():
 def test_tables_cover_the_mask_and_nothing_unmasked_is_hidden(ratio, num_units, batch, packed):
     rng = np.random.default_rng(num_units)
     layout = GistLayout(ratio, 5, 8 * ratio)
-    doc_start = random_documents(rng, batch, num_units) if packed else None
+    doc_start = kernel_cases.random_documents(rng, batch, num_units) if packed else None
     starts = unit_starts(layout, num_units, jnp.int32(0), doc_start)
     segment = plan.segment_of(layout, (ratio + 1) * num_units)
     intervals = plan.row_intervals(layout, segment, 0, 0, starts)
@@ -180,111 +147,3 @@ def test_compiles_for_an_h100(kernel, dim):
     assert done.returncode == 0, done.stderr[-2000:]
     if kernel != "backward":  # its loop is at the register limit: the compiler spills some tens of scalars there
         assert "spilled" not in done.stdout + done.stderr
-
-
-# --- numbers, on a GPU ------------------------------------------------------------------------------------------------
-
-CASES = {
-    "one unit": {"units": 1},
-    "one unit, no sinks, no window": {"units": 1, "ratio": 2, "sinks": 0, "window": 0},
-    "just below a tile": {"units": 127, "ratio": 2, "batch": 2},
-    "just above a tile": {"units": 129, "ratio": 2, "window": 64, "heads": 6},
-    "ratio 8": {"units": 256, "ratio": 8},
-    "ratio 16, no window": {"units": 40, "ratio": 16, "window": 0},
-    "ratio 32": {"units": 20, "ratio": 32},
-    "odd sinks": {"units": 33, "sinks": 5},
-    "dim 64": {"units": 140, "dim": 64, "sinks": 130},
-    "a head each, dim 64, documents": {"units": 128, "dim": 64, "heads": 3, "kv_heads": 3, "packed": True},
-    "float16, group of 16": {"units": 130, "dtype": jnp.float16, "heads": 16, "kv_heads": 1},
-    "documents that differ between sequences": {"units": 200, "batch": 2, "packed": True},
-    "documents, no sinks, no window": {"units": 300, "ratio": 2, "sinks": 0, "window": 0, "heads": 2, "packed": True},
-    "chunk in the middle of a cache": {"units": 64, "first_unit": 70, "gists": 180},
-    "chunk windows": {"units": 256, "chunk": 64},
-    "many tiles": {"units": 1024, "heads": 4, "kv_heads": 1, "packed": True},
-}
-
-
-def relative(x, oracle) -> float:
-    x, oracle = (np.asarray(jax.device_get(a), np.float64) for a in (x, oracle))
-    return float(np.linalg.norm(x - oracle) / max(np.linalg.norm(oracle), 1e-30)) if oracle.size else 0.0
-
-
-@on_gpu
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_gpu_forward_and_gradients_match_the_oracle(case):
-    case = {"ratio": 4, "sinks": 128, "window": 128, "dim": 128, "heads": 8, "kv_heads": 2, "batch": 1} | case
-    dtype, units, first = case.get("dtype", jnp.bfloat16), case["units"], case.get("first_unit", 0)
-    layout = GistLayout(case["ratio"], case["sinks"], case["window"])
-    rng = np.random.default_rng()
-    first_raw = max(0, first - layout.window_units)
-    sizes = case["batch"], case["heads"], case["kv_heads"], case["dim"], dtype
-    gists, raws = case.get("gists", units), (first + units - first_raw) * layout.ratio
-    q, kv, cotangent = random_inputs(rng, layout, units, gists, raws, *sizes)
-    doc_start = random_documents(rng, case["batch"], units) if case.get("packed") else None
-    raw_start = None
-    if "chunk" in case:
-        raw_start = np.broadcast_to(np.arange(units, dtype=np.int32) // case["chunk"] * case["chunk"], (1, units))
-
-    def values(attend):
-        def of(q, kv, cotangent, first, first_raw):
-            starts = unit_starts(layout, units, first, doc_start, raw_start)
-            out, vjp = jax.vjp(lambda q, kv: attend(q, kv, layout, first, first_raw, starts), q, kv)
-            return out, *vjp(cotangent)
-
-        return jax.jit(of)
-
-    args = (q, kv, cotangent, jnp.int32(first), jnp.int32(first_raw))
-    wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == dtype else x, args)
-    expected = values(reference.attend)(*jax.device_put(wide, jax.devices("cpu")[0]))
-    poison = [jnp.full((2**24,), jnp.nan, jnp.float32) for _ in range(8)]
-    jax.block_until_ready(poison)
-    del poison  # the allocator hands this memory to the outputs: an unwritten row shows as NaN
-    attend = values(hopper.attend)
-    found, again = attend(*args), attend(*args)
-    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        assert relative(x.astype(jnp.float32), y) < TOLERANCE[jnp.dtype(dtype).name]
-    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(again), strict=True):
-        assert (x == y).all(), "two runs differ"
-
-
-@on_gpu
-def test_gpu_chunks_equal_one_pass():
-    layout, units, cut = GistLayout(4, 16, 64), 150, 70
-    q, kv, _ = random_inputs(np.random.default_rng(), layout, units, units, 4 * units, 1, 8, 2, 128, jnp.bfloat16)
-
-    def run(q, first, count):
-        starts = unit_starts(layout, count, jnp.int32(first))
-        return hopper.attend(q, kv, layout, first, 0, starts)
-
-    whole = run(q, 0, units)
-    raws, gists = q[:, : 4 * units], q[:, 4 * units :]
-    for first, last in ((0, cut), (cut, units)):
-        part = jnp.concatenate([raws[:, 4 * first : 4 * last], gists[:, first:last]], axis=1)
-        expected = jnp.concatenate(
-            [whole[:, 4 * first : 4 * last], whole[:, 4 * units + first : 4 * units + last]], axis=1
-        )
-        assert relative(run(part, first, last - first).astype(jnp.float32), expected.astype(jnp.float32)) < 5e-3
-
-
-@on_gpu
-@pytest.mark.parametrize(
-    ("sizes", "layout", "gists", "raw_index"),
-    [
-        ((4, 32, 8, 128, jnp.bfloat16), GistLayout(4, 128, 128), 300, [0, 5, 777, 1199]),
-        ((2, 4, 4, 64, jnp.bfloat16), GistLayout(8, 0, 0), 70, [3, 559]),
-        ((3, 32, 1, 128, jnp.bfloat16), GistLayout(4, 5, 64), 1000, [1000, 1001, 3999]),
-        ((1, 6, 2, 128, jnp.float16), GistLayout(4, 128, 128), 129, [515]),
-    ],
-    ids=["ragged", "no sinks", "group of 32", "float16"],
-)
-def test_gpu_decode_matches_the_oracle(sizes, layout, gists, raw_index):
-    batch, heads, kv_heads, dim, dtype = sizes
-    rng = np.random.default_rng()
-    ring = layout.window + layout.ratio
-    _, kv, _ = random_inputs(rng, layout, 1, gists, ring, batch, heads, kv_heads, dim, dtype)
-    q = jnp.asarray(rng.standard_normal((batch, 2, heads, dim), dtype=np.float32), dtype)
-    raw_index = jnp.asarray(raw_index, jnp.int32)
-    out = jax.jit(lambda q, kv, i: hopper.decode(q, kv, layout, i))(q, kv, raw_index)
-    wide = jax.device_put(jax.tree.map(lambda x: x.astype(jnp.float32), (q, kv)), jax.devices("cpu")[0])
-    oracle = reference.decode(*wide, layout, jax.device_put(raw_index, jax.devices("cpu")[0]))
-    assert relative(out.astype(jnp.float32), oracle) < TOLERANCE[jnp.dtype(dtype).name]

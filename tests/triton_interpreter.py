@@ -2,7 +2,7 @@
 
 Triton decides at import whether to interpret, so this is a process of its own:
 
-    python tests/triton_interpreter.py RESULTS.npz     # runs every small case of kernel_cases.py
+    python tests/triton_interpreter.py FILE.npz     # runs every small case of kernel_cases.py
 
 Blocks are small (16 folded rows by 16 keys), so that small cases have many tiles; outputs are filled with NaN before.
 """
@@ -68,25 +68,18 @@ def decode_step(*arguments):
     return decode.decode(*arguments, blocks=DecodeBlocks(keys=16))
 
 
-def interpreted(case):
-    """The case as it runs here: the interpreter's matrix products do not know bfloat16."""
-    return case._replace(dtype="float32") if case.dtype == "bfloat16" else case
-
-
 def main(path):
     interpreter._patch_lang_tensor = patch_tensor
     op.launch = decode.launch = interpret
     results = {}
-    for name, case in kernel_cases.ATTENTION.items():
-        if case.small:
-            case = interpreted(case)
+    for name, case in kernel_cases.elsewhere():
+        if isinstance(case, kernel_cases.Case):
             values = kernel_cases.values(kernel_cases.direct(attend), case, kernel_cases.inputs(case))
-            results |= {f"{name}/{part}": np.asarray(x, np.float32) for part, x in values.items()}
-    for name, case in kernel_cases.DECODING.items():
-        if case.small:
-            case = interpreted(case)
-            out = kernel_cases.decoded(decode_step, case, kernel_cases.decode_inputs(case))
-            results[f"{name}/out"] = np.asarray(out, np.float32)
+            results |= {f"{name}/{part}": np.asarray(x) for part, x in values.items()}
+        else:
+            results[f"{name}/out"] = np.asarray(
+                kernel_cases.decoded(decode_step, case, kernel_cases.decode_inputs(case))
+            )
     np.savez(path, **results)
 
 

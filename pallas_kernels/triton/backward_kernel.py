@@ -47,7 +47,7 @@ def add_query_gradient(
     SCALE: tl.constexpr, KEYS: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """Adds to dQ [I, D] what `count` key tiles give; the arguments are those of `attend_keys`."""
-    for t in range(0, count):
+    for t in range(count):
         begin = first + (skip_full(t, skip_first, skip_last) if MASK else t + skip_first) * KEYS
         at = begin.to(tl.int64) * stride
         key = begin + tl.arange(0, KEYS)

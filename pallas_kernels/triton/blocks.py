@@ -41,13 +41,10 @@ TABLE: dict[tuple[int, int], KernelBlocks] = {
     # compute capabilities 8.6 and 8.9 have 99 KiB of shared memory a block instead of 163
     (86, 64): KernelBlocks(Blocks(128, 64, 4, 2), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2)),
     (86, 128): KernelBlocks(Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 2), Blocks(32, 64, 4, 2), Blocks(32, 64, 4, 2)),
-    (90, 64): KernelBlocks(
-        Blocks(128, 128, 8, 3), Blocks(128, 64, 8, 3), Blocks(64, 128, 8, 3), Blocks(64, 64, 4, 3)
-    ),
-    (90, 128): KernelBlocks(
-        Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 3), Blocks(64, 128, 8, 2), Blocks(64, 64, 4, 2)
-    ),
+    (90, 64): KernelBlocks(Blocks(128, 128, 8, 3), Blocks(128, 64, 8, 3), Blocks(64, 128, 8, 3), Blocks(64, 64, 4, 3)),
+    (90, 128): KernelBlocks(Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 3), Blocks(64, 128, 8, 2), Blocks(64, 64, 4, 2)),
 }
+DECODE = DecodeBlocks()
 
 
 def kernel_blocks(capability: int, dim: int) -> KernelBlocks:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.triton.blocks import DecodeBlocks
+from pallas_kernels.triton.blocks import DECODE, DecodeBlocks
 from pallas_kernels.triton.call import launch
 from pallas_kernels.triton.decode_kernel import decode_kernel, merge_kernel
 from pallas_kernels.triton.op import refusal
@@ -43,7 +43,7 @@ def decode(
     kv,
     layout: GistLayout,
     raw_index: Int32[Array, " B"],
-    blocks: DecodeBlocks = DecodeBlocks(),
+    blocks: DecodeBlocks = DECODE,
 ) -> Float[Array, "B 2 Hq D"]:
     """Triton form of `pallas_kernels.decode_attention.decode_attention`; same arguments."""
     batch, _, num_heads, dim = q.shape

@@ -28,7 +28,7 @@ def attend_ring(
     state, q, k, v, stride, first_tile, last_tile, newest, oldest, slots,
     SCALE: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Adds tiles of the raw ring to a softmax state (`attend_keys`): of the slots, those that hold raws from `oldest`."""
+    """Adds tiles of the raw ring to a softmax state (`attend_keys`): those slots that hold raws from `oldest` on."""
     acc, total, maximum = state
     for t in range(first_tile, last_tile):
         slot = t * KEYS + tl.arange(0, KEYS)

@@ -9,7 +9,7 @@ Key tiles that a query tile visits, for one document with r = 4, A = 4, s = 128,
 
                                     sinks    gists                            raws
   raws   tile 17 (32 positions)     █ █      █ █ █ █ ▒                        ▒ ▒ ▒         the window and itself
-  gists  tile 4  (32 positions)     █ █      █ █ █ █ ▒ (the diagonal)         ▒ ▒ ▒ ▒       its units' raws and the window
+  gists  tile 4  (32 positions)     █ █      █ █ █ █ ▒ (the diagonal)         ▒ ▒ ▒ ▒       its units' and the window
 
 Grid: (query tiles, Hkv, B), the query tiles from the heaviest to the lightest, one KV head after another, so that the
 keys of a head stay in the L2 cache. Scores are kept in base 2; `lse` is the base-2 logarithm of the softmax's sum.
@@ -45,7 +45,7 @@ def attend_keys(
       lo, hi: with MASK, what each row sees; no key from `end` on is read.
     """
     acc, total, maximum = state
-    for t in range(0, count):
+    for t in range(count):
         begin = first + (skip_full(t, skip_first, skip_last) if MASK else t + skip_first) * KEYS
         at = begin.to(tl.int64) * stride
         key = begin + tl.arange(0, KEYS)

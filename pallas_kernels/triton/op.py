@@ -62,7 +62,7 @@ def attend(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend(layout, blocks, q, kv, starts, place):
-    return _forward(layout, blocks, q, kv, starts, place)[0]
+    return forward(layout, blocks.forward, q, kv, starts, place)[0]
 
 
 def _queries_side(layout, blocks: Blocks, q, kv, starts):
@@ -84,37 +84,30 @@ def _constants(layout, blocks: Blocks, group: int, dim: int) -> dict:
     return {"RATIO": layout.ratio, "GROUP": group, "DIM": dim, "SCALE": scale} | sizes | options
 
 
-def _forward(layout, blocks, q, kv, starts, place):
-    grid, keys, sizes, constants = _queries_side(layout, blocks.forward, q, kv, starts)
+def forward(layout, blocks: Blocks, q, kv, starts, place):
+    """The forward kernel: out [B, P, Hq, D], and its base-2 log-sum-exp, float32 [B, Hkv, M] as [B, Hq, P]."""
+    grid, keys, sizes, constants = _queries_side(layout, blocks, q, kv, starts)
     lse = jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
-    inputs = q, *keys, *starts, place, *sizes
-    return launch(forward_kernel.forward_kernel, grid, inputs, (q, lse), **constants)
+    return launch(forward_kernel.forward_kernel, grid, (q, *keys, *starts, place, *sizes), (q, lse), **constants)
 
 
-def _attend_forward(layout, blocks, q, kv, starts, place):
-    out, lse = _forward(layout, blocks, q, kv, starts, place)
-    return out, (q, kv, starts, place, out, lse)
-
-
-def _attend_backward(layout, blocks, residuals, d_out):
-    q, kv, starts, place, out, lse = residuals
-    grid, keys, sizes, constants = _queries_side(layout, blocks.query_gradient, q, kv, starts)
+def query_gradient(layout, blocks: Blocks, q, kv, starts, place, out, lse, d_out):
+    """The kernel of dQ: dQ in q's shape and dtype, and rowsum(dO * out) in lse's."""
+    grid, keys, sizes, constants = _queries_side(layout, blocks, q, kv, starts)
+    kernel, root = backward_kernel.query_gradient_kernel, q.shape[-1] ** -0.5
     inputs = q, out, d_out, lse, *keys, *starts, place, *sizes
-    root = q.shape[-1] ** -0.5
-    kernel = backward_kernel.query_gradient_kernel
-    d_q, delta = launch(kernel, grid, inputs, (q, lse), ROOT=root, **constants)
-    source = partial(_key_gradients, layout, (q, d_out, lse, delta), place)
-    d_sinks = jnp.zeros_like(kv.sink_k), jnp.zeros_like(kv.sink_v)
-    if layout.num_sinks:
-        d_sinks = source(SINKS, blocks.key_gradient, kv.sink_k[None], kv.sink_v[None], starts.gist_start)
-    d_gists = source(GISTS, blocks.key_gradient, kv.gist_k, kv.gist_v, starts.gist_start)
-    d_raws = source(RAWS, blocks.raw_gradient, kv.raw_k, kv.raw_v, starts.raw_start)
-    d_kv = [x.reshape(like.shape) for x, like in zip((*d_sinks, *d_gists, *d_raws), kv, strict=True)]
-    return d_q, type(kv)(*d_kv), *jax.tree.map(lambda _: None, (starts, place))
+    return launch(kernel, grid, inputs, (q, lse), ROOT=root, **constants)
 
 
-def _key_gradients(layout, queries, place, source, blocks: Blocks, k, v, starts):
-    """dK and dV of one source, in its dtype; k and v [B or 1, N, Hkv, D], `starts` its part of `UnitStarts`."""
+def key_gradients(layout, source: int, blocks: Blocks, queries, place, k, v, starts):
+    """The kernel of dK and dV of one source, in its dtype and shape, for sinks summed over the batch.
+
+    Args:
+      source: SINKS, GISTS or RAWS.
+      queries: q, dO, lse and delta.
+      k, v: [B or 1, N, Hkv, D].
+      starts: the source's part of `UnitStarts`, int32 [1 or B, U].
+    """
     q, d_out, lse, delta = queries
     batch, positions, num_heads, dim = q.shape
     num_keys, kv_heads = k.shape[1:3]
@@ -123,24 +116,40 @@ def _key_gradients(layout, queries, place, source, blocks: Blocks, k, v, starts)
     # every later query sees a gist or a sink: there the key tiles differ in work, and may be few
     most = 1 if source == RAWS else positions * group // (8 * blocks.rows)
     parts = splits(tiles * kv_heads * batch, most if source == SINKS else min(most, 8))
-    lo = starts if source == GISTS else jnp.maximum((starts - place[1]) * layout.ratio, 0)
-    table = reach(lo, num_keys, blocks.keys) if source != SINKS else place
-    strides = num_keys if source != SINKS else 0, units if len(starts) > 1 else 0, 2 * tiles if len(starts) > 1 else 0
-    one = source != SINKS and parts == 1
-    like = jax.ShapeDtypeStruct((parts, batch, *k.shape[1:]), k.dtype if one else jnp.float32)
+    table = place  # not read for sinks
+    if source != SINKS:
+        lo = starts if source == GISTS else jnp.maximum((starts - place[1]) * layout.ratio, 0)
+        table = reach(lo, num_keys, blocks.keys)
+    differ = len(starts) > 1
+    strides = num_keys if source != SINKS else 0, units if differ else 0, 2 * tiles if differ else 0
+    whole = source != SINKS and parts == 1
+    like = jax.ShapeDtypeStruct((parts, batch, *k.shape[1:]), k.dtype if whole else jnp.float32)
     inputs = q, d_out, lse, delta, k, v, starts, table, place, units, num_keys, kv_heads, *strides, parts
-    grads = launch(
-        backward_kernel.key_gradient_kernel,
-        (tiles, parts * kv_heads, batch),
-        inputs,
-        (like, like),
-        SOURCE=source,
-        ROOT=dim**-0.5,
-        **_constants(layout, blocks, group, dim),
-    )
+    grid = tiles, parts * kv_heads, batch
+    constants = _constants(layout, blocks, group, dim)
+    kernel = backward_kernel.key_gradient_kernel
+    grads = launch(kernel, grid, inputs, (like, like), SOURCE=source, ROOT=dim**-0.5, **constants)
     if source == SINKS:
         return [x.sum((0, 1)).astype(k.dtype) for x in grads]
-    return [x[0] if one else x.sum(0).astype(k.dtype) for x in grads]
+    return [x[0] if whole else x.sum(0).astype(k.dtype) for x in grads]
+
+
+def _attend_forward(layout, blocks, q, kv, starts, place):
+    out, lse = forward(layout, blocks.forward, q, kv, starts, place)
+    return out, (q, kv, starts, place, out, lse)
+
+
+def _attend_backward(layout, blocks, residuals, d_out):
+    q, kv, starts, place, out, lse = residuals
+    d_q, delta = query_gradient(layout, blocks.query_gradient, q, kv, starts, place, out, lse, d_out)
+    rest = (q, d_out, lse, delta), place
+    d_sinks = jnp.zeros_like(kv.sink_k), jnp.zeros_like(kv.sink_v)
+    if layout.num_sinks:
+        sinks = kv.sink_k[None], kv.sink_v[None]
+        d_sinks = key_gradients(layout, SINKS, blocks.key_gradient, *rest, *sinks, starts.gist_start)
+    d_gists = key_gradients(layout, GISTS, blocks.key_gradient, *rest, kv.gist_k, kv.gist_v, starts.gist_start)
+    d_raws = key_gradients(layout, RAWS, blocks.raw_gradient, *rest, kv.raw_k, kv.raw_v, starts.raw_start)
+    return d_q, type(kv)(*d_sinks, *d_gists, *d_raws), *jax.tree.map(lambda _: None, (starts, place))
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
