@@ -19,7 +19,7 @@ def launch(
     kernel,
     grid: tuple[int, ...],
     inputs: Sequence[jax.Array | int],
-    outputs: Sequence[jax.ShapeDtypeStruct],
+    outputs: Sequence[jax.ShapeDtypeStruct | jax.Array],
     warps: int,
     stages: int,
     **constants,
@@ -28,7 +28,8 @@ def launch(
 
     Args:
       inputs: arrays, then ints, in the order of the kernel's arguments.
-      outputs: shapes and dtypes of arrays that the kernel writes; what it leaves unwritten is undefined.
+      outputs: the shapes and dtypes of arrays that the kernel writes, or arrays alike; what it leaves unwritten is
+        undefined.
     """
     import jax_triton  # fails where jaxlib has no GPU, so not before a kernel is called
 
