@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from types import ModuleType
 
 import jax
 
@@ -13,6 +15,20 @@ def capability() -> int:
     """Compute capability of the target device times ten: 90 for 9.0."""
     major, minor = str(target_device().compute_capability).split(".")
     return int(major) * 10 + int(minor)
+
+
+def _jax_triton() -> ModuleType:
+    """The package, imported when the first kernel is called: it does not import where jaxlib has no GPU.
+
+    Its import empties TRITON_CACHE_DIR, without which no other user of Triton (torch.compile) works in this process.
+    """
+    before = os.environ.get("TRITON_CACHE_DIR")
+    import jax_triton
+
+    os.environ.pop("TRITON_CACHE_DIR", None)
+    if before is not None:
+        os.environ["TRITON_CACHE_DIR"] = before
+    return jax_triton
 
 
 def launch(
@@ -31,10 +47,8 @@ def launch(
       outputs: the shapes and dtypes of arrays that the kernel writes, or arrays alike; what it leaves unwritten is
         undefined.
     """
-    import jax_triton  # fails where jaxlib has no GPU, so not before a kernel is called
-
     return tuple(
-        jax_triton.triton_call(
+        _jax_triton().triton_call(
             *inputs,
             kernel=kernel,
             out_shape=tuple(outputs),
