@@ -1,4 +1,4 @@
-"""Peers of the attention kernels from outside JAX, for the benchmarks: FlexAttention of PyTorch.
+"""Peers of the attention kernels, for the benchmarks: jax's cuDNN attention, plain and folded, and FlexAttention.
 
 Axis legend
   P   query positions (r + 1) * U, gist-shifted [ U * r raws | U gists ]
@@ -11,7 +11,37 @@ import functools
 import statistics
 from typing import NamedTuple
 
+import jax
+
+from launch.timing import WINDOW_SECONDS, milliseconds, normal, with_backward
 from unigist_jax.layout import GistLayout
+
+
+class Heads(NamedTuple):
+    """Heads of a benchmark's attention."""
+
+    query: int
+    kv: int
+    dim: int
+
+
+def cudnn_times(length: int, heads: Heads, repeats: int = 10) -> tuple[float, float]:
+    """jax's cuDNN causal attention on one bf16 sequence of `length` raws: forward, forward + backward in ms."""
+    attend = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+    q, cotangent = (normal(i, 1, length, heads.query, heads.dim) for i in (0, 1))
+    k, v = (normal(i, 1, length, heads.kv, heads.dim) for i in (2, 3))
+    forward, both = with_backward(attend)
+    return milliseconds(forward, q, k, v, repeats=repeats), milliseconds(both, q, k, v, cotangent, repeats=repeats)
+
+
+def folded_times(layout: GistLayout, num_units: int, heads: Heads, repeats: int = 10) -> tuple[float, float]:
+    """The same op on sinks and gists alone, in ms: most of gist attention's work, without the local window.
+
+    The r raws of a unit, its gist and the query heads of a KV head are its heads; s - 1 rows in front and one behind
+    make the unit-level mask causal.
+    """
+    folded = heads._replace(query=(layout.ratio + 1) * heads.query)
+    return cudnn_times(layout.num_sinks + num_units, folded, repeats)
 
 
 class FlexTimes(NamedTuple):
@@ -52,7 +82,7 @@ def flex_obstacle() -> str | None:
     return None if torch.cuda.is_available() else "torch finds no CUDA device"
 
 
-def flex_times(layout: GistLayout, num_units: int, heads: int, kv_heads: int, dim: int, repeats: int = 10) -> FlexTimes:
+def flex_times(layout: GistLayout, num_units: int, heads: Heads, repeats: int = 10) -> FlexTimes:
     """Median milliseconds of compiled FlexAttention on one bf16 sequence: forward, and forward + backward.
 
     The block mask is built once, beforehand, and not timed.
@@ -69,35 +99,38 @@ def flex_times(layout: GistLayout, num_units: int, heads: int, kv_heads: int, di
         gist_mask(layout, num_units), None, None, positions, keys, device="cuda", _compile=True
     )  # without _compile the dense mask is built first: 100 GB at 128K
 
-    def normal(length, count):
-        return torch.randn(1, count, length, dim, device="cuda", dtype=torch.bfloat16)
+    def random(length, count):
+        return torch.randn(1, count, length, heads.dim, device="cuda", dtype=torch.bfloat16)
 
-    q, k, v = normal(positions, heads), normal(keys, kv_heads), normal(keys, kv_heads)
-    cotangent = normal(positions, heads)
+    q, k, v = random(positions, heads.query), random(keys, heads.kv), random(keys, heads.kv)
+    cotangent = random(positions, heads.query)
     torch._dynamo.reset()  # else the second length compiles for dynamic shapes
     attend = torch.compile(functools.partial(flex_attention, block_mask=mask, enable_gqa=True), dynamic=False)
     with torch.no_grad():
-        forward = _milliseconds(functools.partial(attend, q, k, v), repeats)
+        forward = _torch_milliseconds(functools.partial(attend, q, k, v), repeats)
     leaves = [x.requires_grad_() for x in (q, k, v)]
 
     def both():
         torch.autograd.grad(attend(*leaves), leaves, cotangent)
 
-    return FlexTimes(forward, _milliseconds(both, repeats))
+    return FlexTimes(forward, _torch_milliseconds(both, repeats))
 
 
-def _milliseconds(run, repeats: int) -> float:
-    """Median time of a call by CUDA events, after three calls that are not timed."""
+def _torch_milliseconds(run, repeats: int) -> float:
+    """`launch.timing.milliseconds` by CUDA events."""
     import torch
 
-    for _ in range(3):
-        run()
-    times = []
-    for _ in range(repeats):
+    def sample(calls: int) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in (0, 1))
         begin.record()
-        run()
+        for _ in range(calls):
+            run()
         end.record()
         torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times)
+        return begin.elapsed_time(end) / calls
+
+    run()
+    sample(1)
+    calls = max(1, round(WINDOW_SECONDS * 1e3 / sample(1)))
+    sample(calls)
+    return statistics.median(sample(calls) for _ in range(repeats))

@@ -1,6 +1,6 @@
 """Block sizes of the Hopper kernels, in one table by (head dim, ratio, length).
 
-`python -m launch.bench_attention --tune` measures the candidates and prints the rows to put here.
+`python -m launch.tune_attention --backend=hopper` measures candidates and prints the rows to put here.
 """
 
 from __future__ import annotations

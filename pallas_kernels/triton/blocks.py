@@ -1,6 +1,6 @@
 """Block sizes of the Triton kernels, in one table by head dim and shared memory.
 
-`python -m launch.bench_triton --tune` measures candidates and prints the rows to put here.
+`python -m launch.tune_attention --backend=triton` measures candidates and prints the rows to put here.
 """
 
 from __future__ import annotations
