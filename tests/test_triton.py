@@ -18,7 +18,7 @@ from unigist_jax.layout import unit_starts
 pytest.importorskip("triton")
 plan = pytest.importorskip("pallas_kernels.triton.plan")
 
-SHARED = {80: 163, 86: 99, 90: 227}  # KiB that one block may take
+SHARED = {86: 99, 90: 227}  # KiB that one block may take
 
 
 # --- plan -------------------------------------------------------------------------------------------------------------
