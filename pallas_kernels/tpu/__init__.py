@@ -1,0 +1,1 @@
+"""Gist attention on TPU, in Pallas Mosaic."""
