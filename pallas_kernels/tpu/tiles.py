@@ -32,11 +32,11 @@ def scores_of(k: jax.Array, q: jax.Array) -> jax.Array:
     return dot(k, q, NT) * (q.shape[-1] ** -0.5 * math.log2(math.e))
 
 
-def mask_scores(scores: jax.Array, intervals: jax.Array, key_tile, axis: KeyAxis, raws: bool) -> jax.Array:
+def mask_scores(scores: jax.Array, intervals, key_tile, axis: KeyAxis, raws: bool) -> jax.Array:
     """The scores with those of unseen keys masked.
 
     Args:
-      intervals: int32 [4, C]: on the key axis, where gists begin and end, where raws begin and end.
+      intervals: a reference to int32 [4, C]: on the key axis, where gists begin and end, where raws begin and end.
       raws: whether the tile holds raws, or else sinks and gists.
     """
     first = key_tile * axis.keys
