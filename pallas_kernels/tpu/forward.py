@@ -14,8 +14,8 @@ Packed documents move the left border of the gists: after the tile of the sinks,
 
 The grid is (batch, job, query tile). How many key tiles a query tile visits is a number in `key_table`, prefetched into
 scalar memory; a loop inside the grid step walks over exactly those, unmasked ones first, with its own double buffering
-(stream.py). A grid axis over key tiles would need a static bound, and nearly half of its steps would be empty: in causal
-order the average query tile visits half as many tiles as the last one.
+(stream.py). A grid axis over key tiles would need a static bound, and nearly half of its steps would be empty: in
+causal order the average query tile visits half as many tiles as the last one.
 
 A masked score is a large negative number, not -inf: a column that has seen no key yet sums nonsense that its first key
 wipes out, and no guard is needed. `lse` is the base-2 logarithm of the softmax's sum.

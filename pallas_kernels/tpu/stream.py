@@ -8,7 +8,7 @@ step walks over them with two buffers, and the last tile of a step starts the co
   buffer          0  1  0     1  0            1
   copies started  b  c  d     e  f            .        while the tile above is computed; `a` before everything
 
-So no grid step is spent on a tile that is not visited, and the matrix unit waits for memory once in a whole row of steps.
+So no grid step is spent on a tile that is not visited, and only the first tile of a whole row of steps is waited for.
 """
 
 from __future__ import annotations
