@@ -128,11 +128,11 @@ def test_chunks_equal_one_pass(interpreted):
 @pytest.mark.parametrize(
     ("sizes", "layout", "gists", "raw_index"),
     [
-        ((3, 4, 2, 64, jnp.float32), GistLayout(4, 5, 8), 13, [0, 17, 51]),
-        ((1, 3, 3, 64, jnp.float32), GistLayout(4, 0, 0), 7, [20]),
+        ((3, 4, 2, 64, jnp.float32), GistLayout(4, 5, 8), 300, [0, 517, 1199]),
+        ((1, 3, 3, 128, jnp.float32), GistLayout(4, 0, 0), 7, [20]),
         ((2, 8, 4, 128, jnp.bfloat16), GistLayout(8, 40, 64), 33, [7, 250]),
     ],
-    ids=["ragged", "no sinks, a head each", "bf16"],
+    ids=["dim 64, ragged", "no sinks, a head each", "bf16"],
 )
 def test_decode_matches_the_oracle(sizes, layout, gists, raw_index, interpreted):
     batch, heads, _, dim, dtype = sizes
@@ -362,8 +362,9 @@ def test_compiles_decode(chip, dim, batch, gists, heads, kv_heads, dtype):
     args = shaped(batch, 2, heads, dim), kv, shaped(batch, dtype=jnp.int32)
     compiled = jax.jit(lambda q, kv, i: decode_attention(q, kv, layout, i)).lower(*args).compile()
     assert kernels_of(compiled) == {"gist_attention_decode"}
-    if dim == 128 and kv_heads % 8 == 0:  # the cache is read in place
-        assert compiled.memory_analysis().temp_size_in_bytes < 0.01 * compiled.memory_analysis().argument_size_in_bytes
+    if kv_heads % 8 == 0:  # the cache is read in place
+        memory = compiled.memory_analysis()
+        assert memory.temp_size_in_bytes < 0.05 * memory.argument_size_in_bytes
 
 
 @needs_libtpu

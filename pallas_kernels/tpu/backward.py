@@ -32,8 +32,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.tpu.blocks import VMEM_LIMIT
 from pallas_kernels.tpu.cost import key_cost, query_cost
-from pallas_kernels.tpu.forward import VMEM_LIMIT, key_copies, visit_keys
+from pallas_kernels.tpu.forward import key_copies, visit_keys
 from pallas_kernels.tpu.plan import KeyAxis, KeyStream, Segment, is_full
 from pallas_kernels.tpu.stream import BUFFERS, run_stream
 from pallas_kernels.tpu.tiles import NN, NT, TN, dot, mask_scores, scores_of

@@ -1,12 +1,17 @@
 """Block sizes of the TPU kernels, in one table by (head dim, ratio, length).
 
-No TPU has timed them. They are the largest powers of two at which a kernel's tiles stay within half of the smallest
-vector memory among v5e, v5p and v6e, with fewer rows where a tile of gists would see many raws of other gists' units.
+No TPU has timed them; they come from counting (cost.py). Small tiles waste less on masked pairs: of what the forward
+pass computes at r = 4, 63% is visible at 4K raws and 86% at 32K; with tiles of 512 keys it would be 49% and 80%. Large
+tiles reuse what they read: a product does as many operations per byte of keys as the query tile has columns, and per
+byte of queries twice the keys of the key tile, against the 240 that v5e can do for each byte it reads, and 560 on v6e.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+
+VMEM_LIMIT = 32 * 2**20  # what a kernel may take of the vector memory: 64 MiB on v5p, 128 MiB on v5e and v6e
 
 
 class Blocks(NamedTuple):
@@ -23,10 +28,12 @@ class Blocks(NamedTuple):
 
 # (head dim, ratios it holds for or None for all, shortest length in raws) -> blocks; the last row that fits wins
 TABLE: tuple[tuple[int, tuple[int, ...] | None, int, Blocks], ...] = (
-    (64, None, 0, Blocks(rows=128, columns=1024, keys=512)),
-    (64, (2, 4), 8192, Blocks(rows=256, columns=1024, keys=512)),
-    (128, None, 0, Blocks(rows=128, columns=1024, keys=512)),
-    (128, (2, 4), 8192, Blocks(rows=256, columns=1024, keys=512)),
+    (64, None, 0, Blocks(rows=128, columns=1024, keys=256)),
+    (64, (2, 4), 8192, Blocks(rows=256, columns=1024, keys=256)),
+    (64, None, 65536, Blocks(rows=256, columns=1024, keys=512)),
+    (128, None, 0, Blocks(rows=128, columns=1024, keys=256)),
+    (128, (2, 4), 8192, Blocks(rows=256, columns=1024, keys=256)),
+    (128, None, 65536, Blocks(rows=256, columns=1024, keys=512)),
 )
 
 

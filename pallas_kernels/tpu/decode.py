@@ -4,7 +4,7 @@ Axis legend
   B   batch                 Hq  query heads, Hkv  KV heads, A = Hq / Hkv, D  head dim
   G   gist slots, W  slots of the raw ring (see `pallas_kernels.decode_attention`), s  sinks
   Q   query rows of a sequence: the raw's Hq heads, then the gist's Hq heads, padded to a multiple of 16
-  E   entries: a source [keys, Hkv, D] read as the matrix [keys * Hkv, D] that it is in memory, in tiles of `entries`
+  E   entries of a key tile: see below
 
 Tiles that a sequence visits (▒ masked; blank: never read), one grid step each:
 
@@ -13,15 +13,19 @@ Tiles that a sequence visits (▒ masked; blank: never read), one grid step each
   sequence 0  ▒   ▒        ▒         ▒   ▒   ▒   ▒   ▒            the longest sequence sets the number of steps
   sequence 1  ▒   ▒        ▒         ▒   ▒                        its steps 5 to 7 move and compute nothing
 
-All query heads meet all entries of a tile, and a mask keeps those of a row's own KV head:
+All query heads meet all heads of a tile's keys, and what is not a row's own KV head is left out of its softmax. That is
+Hkv times the products that are needed, on a matrix unit that would otherwise wait for the cache, and spares both a copy
+of the cache by heads and a gather of each head's keys. A source [keys, Hkv, D] is read as the matrix that it is in
+memory, which depends on the head dim, since 128 numbers fill a register's lanes:
 
-  entry        key 0: h0 h1   key 1: h0 h1   key 2: h0 h1
-  rows of h0          ●  .           ●  .           ●  .
-  rows of h1          .  ●           .  ●           .  ●
+  D = 128   [keys * Hkv, D], an entry for each key and head; a mask           entry      k0 h0  k0 h1  k1 h0  k1 h1
+            keeps those of a row's own head                                   row of h0    ●      .      ●      .
+                                                                              row of h1    .      ●      .      ●
+  D = 64    [Hkv * D, keys], an entry for each key: XLA lays keys along       row of h0  [ q 0 ]   x   entries
+            lanes; a query row holds zeros at the other heads                 row of h1  [ 0 q ]
 
-That is Hkv times the products that are needed, on a matrix unit that would otherwise wait for the cache, and spares
-both a copy of the cache by heads and a gather of each head's keys. The grid is (batch, step), and its second extent is
-computed from `raw_index` on the device; index maps of finished sequences stay at their last tile, so nothing is copied.
+The grid is (batch, step), and its second extent is computed from `raw_index` on the device; index maps of finished
+sequences stay at their last tile, so nothing is copied.
 """
 
 from __future__ import annotations
@@ -37,13 +41,14 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.tpu.blocks import VMEM_LIMIT
 from pallas_kernels.tpu.op import refusal as decode_refusal
 from pallas_kernels.tpu.tiles import MASKED, NN, NT, dot
 from unigist_jax.layout import GistLayout
 
 __all__ = ["decode", "decode_refusal"]
 
-TILE_BYTES = 2**20  # of keys in a tile, as vector memory holds them: at least 128 numbers an entry
+TILE_BYTES = 2**20  # of keys in a tile
 
 
 def _row_table(num_heads: int, num_kv_heads: int) -> np.ndarray:
@@ -67,26 +72,35 @@ def decode(
     """
     batch, _, num_heads, dim = q.shape
     num_kv_heads, slots = kv.gist_k.shape[2], kv.raw_k.shape[1]
-    entries = entries or TILE_BYTES // (128 * q.dtype.itemsize)
     table = _row_table(num_heads, num_kv_heads)
     num_rows = len(table)
     rows = jnp.pad(q.reshape(batch, 2 * num_heads, dim), ((0, 0), (0, num_rows - 2 * num_heads), (0, 0)))
     scale = dim**-0.5 * math.log2(math.e)
+    by_key = dim < 128
+    if by_key:  # entries along the second axis of a tile, one a key
+        own_head = (table[:, :1] == np.arange(num_kv_heads))[..., None]
+        rows = jnp.where(own_head, rows[:, :, None], 0).reshape(batch, num_rows, num_kv_heads * dim)
+        per_key, unit_of_size, width = 1, 128, num_kv_heads * dim
+    else:
+        per_key, unit_of_size, width = num_kv_heads, math.lcm(num_kv_heads, 16), dim
+    entries = entries or TILE_BYTES // (width * q.dtype.itemsize)
 
     def flat(x):
-        return x.reshape(*x.shape[:-3], -1, dim)
+        if by_key:
+            return jnp.moveaxis(x, 1, 3).reshape(x.shape[0], width, x.shape[1])
+        return x.reshape(x.shape[0], -1, dim)
 
     sources = [("ring", kv.raw_k, kv.raw_v), ("sinks", kv.sink_k[None], kv.sink_v[None]), ("gists", *kv[2:4])]
     sources = [(name, flat(k), flat(v)) for name, k, v in sources if k.size]
-    lengths = [k.shape[1] for _, k, _ in sources]
-    # whole keys only, so that every tile has the same pattern of heads; a short source is one tile
-    whole = math.lcm(num_kv_heads, 16)
-    sizes = [min(length, max(entries // whole, 1) * whole) for length in lengths]
+    lengths = [k.shape[2 if by_key else 1] for _, k, _ in sources]
+    # whole keys and whole registers; a short source is one tile
+    sizes = [min(length, max(entries // unit_of_size, 1) * unit_of_size) for length in lengths]
     counts = [-(-length // size) for length, size in zip(lengths, sizes, strict=True)]
     firsts = [sum(counts[:i]) for i in range(len(counts))]
 
     def last_gist_tile(newest):
-        return lax.div((lax.div(newest, jnp.int32(layout.ratio)) + 1) * num_kv_heads - 1, jnp.int32(sizes[-1]))
+        last = (lax.div(newest, jnp.int32(layout.ratio)) + 1) * per_key - 1
+        return jnp.minimum(lax.div(last, jnp.int32(sizes[-1])), counts[-1] - 1)
 
     def kernel(index_ref, q_ref, table_ref, *refs):
         key_refs, (out_ref, acc, top, total) = refs[:-4], refs[-4:]
@@ -103,32 +117,32 @@ def decode(
         def visible(name, entry):
             """Which entries of a source the rows may see, whatever their head."""
             if name == "gists":
-                return entry < (unit + table_ref[:, 1:2]) * num_kv_heads
+                return entry < (unit + table_ref[:, 1:2]) * per_key
             if name == "sinks":
-                return entry < lengths[[source[0] for source in sources].index("sinks")]
+                return entry < kv.sink_k.shape[0] * per_key
             # the ring: slots from the oldest visible raw up to the newest, around its end
             newest_slot = lax.rem(newest, jnp.int32(slots))
             oldest = jnp.maximum(unit - layout.window_units, 0) * layout.ratio
-            begin, end = (newest_slot - newest + oldest) * num_kv_heads, (newest_slot + 1) * num_kv_heads
-            return ((entry >= begin) & (entry < end)) | (entry >= begin + slots * num_kv_heads) & (
-                entry < slots * num_kv_heads
-            )
+            begin, end = (newest_slot - newest + oldest) * per_key, (newest_slot + 1) * per_key
+            return ((entry >= begin) & (entry < end)) | (entry >= begin + slots * per_key) & (entry < slots * per_key)
 
         def attend(name, tile, k_ref, v_ref, length, tail):
-            scores = dot(q_ref[...], k_ref[...], NT) * scale
+            scores = dot(q_ref[...], k_ref[...], NN if by_key else NT) * scale
             place = lax.broadcasted_iota(jnp.int32, (1, scores.shape[1]), 1)
-            mask = lax.rem(place, jnp.int32(num_kv_heads)) == table_ref[:, 0:1]
-            mask &= visible(name, place + tile * scores.shape[1])
+            mask = visible(name, place + tile * scores.shape[1])
+            if not by_key:
+                mask &= lax.rem(place, jnp.int32(num_kv_heads)) == table_ref[:, 0:1]
             scores = jnp.where(mask, scores, MASKED)
             new_top = jnp.maximum(top[...], scores.max(axis=1, keepdims=True))
             shrink = jnp.exp2(top[...] - new_top)
             weights = jnp.exp2(scores - new_top)
             v = v_ref[...]
             if tail:  # behind the end of the array a tile holds anything, also NaN
-                inside = lax.broadcasted_iota(jnp.int32, v.shape, 0) < length - tile * v.shape[0]
+                axis = int(by_key)
+                inside = lax.broadcasted_iota(jnp.int32, v.shape, axis) < length - tile * v.shape[axis]
                 v = jnp.where(inside, v, jnp.zeros_like(v))
             total[...] = total[...] * shrink + weights.sum(axis=1, keepdims=True)
-            acc[...] = acc[...] * shrink + dot(weights.astype(v.dtype), v, NN)
+            acc[...] = acc[...] * shrink + dot(weights.astype(v.dtype), v, NT if by_key else NN)
             top[...] = new_top
 
         for i, (name, _, _) in enumerate(sources):
@@ -147,12 +161,13 @@ def decode(
     def tile_spec(i):
         def index_map(b, step, index_ref):
             last = last_gist_tile(index_ref[b]) if sources[i][0] == "gists" else counts[i] - 1
-            return 0 if sources[i][0] == "sinks" else b, jnp.clip(step - firsts[i], 0, last), 0
+            place = 0 if sources[i][0] == "sinks" else b, jnp.clip(step - firsts[i], 0, last), 0
+            return (place[0], 0, place[1]) if by_key else place
 
-        return pl.BlockSpec((None, sizes[i], dim), index_map)
+        return pl.BlockSpec((None, width, sizes[i]) if by_key else (None, sizes[i], dim), index_map)
 
     raw_index = raw_index.astype(jnp.int32)
-    rows_of_sequence = pl.BlockSpec((None, num_rows, dim), lambda b, *_: (b, 0, 0))
+    rows_of_sequence = pl.BlockSpec((None, num_rows, width), lambda b, *_: (b, 0, 0))
     area = batch * num_rows * sum(lengths)
     out = pl.pallas_call(
         kernel,
@@ -166,16 +181,20 @@ def decode(
             ],
             out_specs=rows_of_sequence,
             scratch_shapes=[
-                pltpu.VMEM((num_rows, dim), jnp.float32),
+                pltpu.VMEM((num_rows, width), jnp.float32),
                 pltpu.VMEM((num_rows, 1), jnp.float32),
                 pltpu.VMEM((num_rows, 1), jnp.float32),
             ],
         ),
         out_shape=jax.ShapeDtypeStruct(rows.shape, q.dtype),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+        ),
         cost_estimate=pl.CostEstimate(  # a full cache
-            flops=4 * area * dim, transcendentals=area, bytes_accessed=sum(x.nbytes for x in kv) + 2 * rows.nbytes
+            flops=4 * area * width, transcendentals=area, bytes_accessed=sum(x.nbytes for x in kv) + 2 * rows.nbytes
         ),
         name="gist_attention_decode",
     )(raw_index, rows, jnp.asarray(table), *(x for _, k, v in sources for x in (k, v)))
+    if by_key:
+        out = jnp.where(own_head, out.reshape(batch, num_rows, num_kv_heads, dim), 0).sum(axis=2)
     return out[:, : 2 * num_heads].reshape(q.shape)

@@ -32,12 +32,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.tpu.blocks import VMEM_LIMIT
 from pallas_kernels.tpu.cost import forward_cost
 from pallas_kernels.tpu.plan import KeyAxis, KeyStream, Segment
 from pallas_kernels.tpu.stream import BUFFERS, run_stream
 from pallas_kernels.tpu.tiles import TN, dot, mask_scores, scores_of
-
-VMEM_LIMIT = 48 * 2**20  # of 64 MiB on v5p and 128 MiB on v5e and v6e
 
 
 def key_copies(table_ref, base, axis: KeyAxis, sources, buffers, arrived, where):
