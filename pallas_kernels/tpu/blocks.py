@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-
 VMEM_LIMIT = 32 * 2**20  # what a kernel may take of the vector memory: 64 MiB on v5p, 128 MiB on v5e and v6e
 
 
