@@ -117,6 +117,21 @@ def measure(device, attend, shapes) -> dict:
     return {"kernels": kernels_in(compiled.as_text()), "program": program}
 
 
+def table_line(row: dict) -> str:
+    """A line of a Markdown table: operations and bytes of the kernels, the most vector memory of one, HBM besides."""
+    kernels = row["kernels"]
+    forward = [kernel for name, kernel in kernels.items() if name in ("forward", "fwd")]
+    backward = [kernel for kernel in kernels.values() if kernel not in forward]
+    work = [
+        f"{sum(k['flops'] for k in part) / 1e9:,.0f}, {sum(k['bytes'] for k in part) / 1e6:,.0f}"
+        for part in (forward, backward)
+    ]
+    vmem = max(kernel["vmem_bytes"] for kernel in kernels.values()) / 2**20
+    temporary = row["program"]["temp_bytes"] / 1e6
+    cells = row["chip"], row["dim"], row["length"], row["op"], *work, f"{vmem:.1f}", f"{temporary:,.0f}"
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+
 def main(_: list[str]) -> None:
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     lengths, ratios, dims = ([int(x) for x in flag.value] for flag in (LENGTHS, RATIOS, DIMS))
@@ -131,15 +146,16 @@ def main(_: list[str]) -> None:
 
     def record(case, figures):
         result["rows"].append(case | figures)
-        sizes = " ".join(
-            f"{name}: {k['flops'] / 1e9:.0f} GFLOP {k['bytes'] / 1e6:.0f} MB, VMEM {k['vmem_bytes'] / 2**20:.2f} MiB;"
-            for name, k in figures["kernels"].items()
-        )
-        print(*case.values(), sizes, f"temp {figures['program']['temp_bytes'] / 1e6:.0f} MB", flush=True)
+        print(table_line(result["rows"][-1]), flush=True)
         if OUT.value:
             with open(OUT.value, "w") as file:
                 json.dump(result, file, indent=1)
 
+    print(
+        "| chip | dim | raws | op | forward GFLOP, MB | backward GFLOP, MB | VMEM MiB | temporary MB |",
+        "|---" * 8 + "|",
+        sep="\n",
+    )
     for chip in CHIPS.value:
         device = device_of(chip)
         place = SingleDeviceSharding(device)

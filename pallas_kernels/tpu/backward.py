@@ -40,10 +40,15 @@ from pallas_kernels.tpu.stream import BUFFERS, run_stream
 from pallas_kernels.tpu.tiles import NN, NT, TN, dot, mask_scores, scores_of
 
 
-def _weights_and_slopes(k, v, q, d_out, stats, mask, intervals):
-    """P and dS of a pair of tiles, float32 [K, C]; `stats` [2, C]: log-sum-exp and row sums of dO * out."""
-    weights = jnp.exp2(mask(scores_of(k, q), intervals) - stats[0:1])
-    return weights, weights * (dot(v, d_out, NT) - stats[1:2])
+def _weights_and_slopes(k, v, q_ref, do_ref, stats_ref, rows_ref, mask, parts):
+    """For each part of the columns of a pair of tiles: the part, P and dS in float32 [K, part].
+
+    `stats_ref` [2, C]: log-sum-exp and row sums of dO * out.
+    """
+    products = [(mask(scores_of(k, q_ref[part]), rows_ref.at[:, part]), dot(v, do_ref[part], NT)) for part in parts]
+    for part, (scores, d_weights) in zip(parts, products, strict=True):
+        weights = jnp.exp2(scores - stats_ref[0:1, part])
+        yield part, weights, weights * (d_weights - stats_ref[1:2, part])
 
 
 def query_gradient(
@@ -70,10 +75,9 @@ def query_gradient(
         def body(index, buffer):
             def step(mask):
                 k_tile = k_buf[buffer]
-                _, slopes = _weights_and_slopes(
-                    k_tile, v_buf[buffer], q_ref[...], do_ref[...], stats_ref, mask, rows_ref
-                )
-                acc[...] += dot(k_tile, slopes.astype(k_tile.dtype), TN)
+                refs = q_ref, do_ref, stats_ref, rows_ref
+                for part, _, slopes in _weights_and_slopes(k_tile, v_buf[buffer], *refs, mask, segment.parts):
+                    acc[:, part] += dot(k_tile, slopes.astype(k_tile.dtype), TN)
 
             visit_keys(table_ref, base + tile, axis, index, step)
 
@@ -177,13 +181,13 @@ def key_gradients(
             ]
 
         def body(index, buffer):
+            refs = [ring.at[buffer] for ring in (q_buf, do_buf, stats_buf, rows_buf)]
+
             def step(mask):
-                q_tile, do_tile = q_buf[buffer], do_buf[buffer]
-                weights, slopes = _weights_and_slopes(
-                    k_ref[...], v_ref[...], q_tile, do_tile, stats_buf.at[buffer], mask, rows_buf.at[buffer]
-                )
-                dv_ref[...] += dot(weights.astype(do_tile.dtype), do_tile, NN)
-                dk_ref[...] += dot(slopes.astype(q_tile.dtype), q_tile, NN) * dim**-0.5
+                for part, weights, slopes in _weights_and_slopes(k_ref[...], v_ref[...], *refs, mask, segment.parts):
+                    q_part, do_part = refs[0][part], refs[1][part]
+                    dv_ref[...] += dot(weights.astype(do_part.dtype), do_part, NN)
+                    dk_ref[...] += dot(slopes.astype(q_part.dtype), q_part, NN) * dim**-0.5
 
             _, tile = locate(key_tile, index)
             full = is_full(table_ref, at_batch * num_tiles + tile, key_tile)

@@ -93,13 +93,14 @@ def gist_attention_forward(
 
         def body(index, buffer):
             def step(mask):
-                scores = mask(scores_of(k_buf[buffer], q_ref[...]), rows_ref)
-                new_top = jnp.maximum(top[...], scores.max(axis=0, keepdims=True))
-                shrink = jnp.exp2(top[...] - new_top)
-                weights = jnp.exp2(scores - new_top)
-                total[...] = total[...] * shrink + weights.sum(axis=0, keepdims=True)
-                acc[...] = acc[...] * shrink + dot(v_buf[buffer], weights.astype(v_buf.dtype), TN)
-                top[...] = new_top
+                of_parts = [mask(scores_of(k_buf[buffer], q_ref[x]), rows_ref.at[:, x]) for x in segment.parts]
+                for part, scores in zip(segment.parts, of_parts, strict=True):
+                    new_top = jnp.maximum(top[:, part], scores.max(axis=0, keepdims=True))
+                    shrink = jnp.exp2(top[:, part] - new_top)
+                    weights = jnp.exp2(scores - new_top)
+                    total[:, part] = total[:, part] * shrink + weights.sum(axis=0, keepdims=True)
+                    acc[:, part] = acc[:, part] * shrink + dot(v_buf[buffer], weights.astype(v_buf.dtype), TN)
+                    top[:, part] = new_top
 
             visit_keys(table_ref, base + tile, axis, index, step)
 

@@ -46,6 +46,7 @@ class Segment(NamedTuple):
     num_gists: int
     rows: int
     heads: int
+    part: int
 
     @property
     def raw_tiles(self) -> int:
@@ -58,6 +59,12 @@ class Segment(NamedTuple):
     @property
     def columns(self) -> int:
         return self.heads * self.rows
+
+    @property
+    def parts(self) -> list[slice]:
+        """Columns that a kernel takes at once."""
+        size = self.columns if self.columns % self.part else self.part
+        return [slice(i, i + size) for i in range(0, self.columns, size)]
 
     def pad(self, x: Array) -> Array:
         """`[raws | gists]` along axis 1 with each part padded by zeros to whole tiles."""
@@ -141,7 +148,7 @@ def cut(q_shape: tuple[int, ...], kv, layout: GistLayout, blocks: Blocks) -> tup
     num_units = layout.segment_units(q_shape[1])
     num_raws = num_units * layout.ratio
     rows = min(blocks.rows, -(-num_raws // 128) * 128)
-    segment = Segment(num_raws, num_units, rows, blocks.heads(q_shape[2] // kv.gist_k.shape[2]))
+    segment = Segment(num_raws, num_units, rows, blocks.heads(q_shape[2] // kv.gist_k.shape[2]), blocks.part)
     num_sinks, num_gists, raws = kv.sink_k.shape[0], kv.gist_k.shape[1], kv.raw_k.shape[1]
     keys = min(blocks.keys, -(-max(num_sinks + num_gists, raws) // 128) * 128)
     return segment, KeyAxis(num_sinks, num_gists, raws, keys)
