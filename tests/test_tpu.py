@@ -56,9 +56,12 @@ def relative(x, oracle) -> float:
 
 @pytest.fixture
 def interpreted(capfd):
-    """Runs kernels in the interpreter on two simulated cores; fails the test if it reports a race."""
-    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)):
-        yield
+    """A context that runs kernels in the interpreter on some simulated cores; a race that it reports fails the test."""
+
+    def context(cores=1):
+        return pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True, num_cores_or_threads=cores))
+
+    yield context
     pltpu.reset_tpu_interpret_mode_state()
     assert "RACE DETECTED" not in capfd.readouterr().out
 
@@ -70,7 +73,7 @@ CASES = {
     "just below a tile": {"units": 15, "ratio": 2, "sinks": 17},
     "just above a tile, group of 3": {"units": 17, "ratio": 2, "sinks": 15, "heads": 3},
     "ratio 8, bf16, dim 128": {"units": 6, "ratio": 8, "window": 16, "dim": 128, "dtype": jnp.bfloat16},
-    "documents that differ between sequences": {"units": 12, "batch": 2, "packed": True},
+    "documents that differ between sequences": {"units": 12, "batch": 2, "packed": True, "cores": 2},
     "documents, no sinks, no window": {"units": 20, "ratio": 2, "sinks": 0, "window": 0, "packed": True},
     "chunk in the middle of a cache": {"units": 5, "first_unit": 21, "gists": 40},
     "chunk windows, two jobs a KV head": {"units": 9, "chunk": 4, "heads": 8, "kv_heads": 2},
@@ -100,7 +103,8 @@ def test_forward_and_gradients_match_the_oracle(case, interpreted):
         return of
 
     args = (q, kv, cotangent, jnp.int32(first), jnp.int32(first_raw))
-    found = values(lambda *args: tpu.attend(*args, blocks=SMALL))(*args)
+    with interpreted(case.get("cores", 1)):
+        found = jax.block_until_ready(values(lambda *args: tpu.attend(*args, blocks=SMALL))(*args))
     wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == dtype else x, args)
     expected = values(reference.attend)(*wide)
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
@@ -109,12 +113,13 @@ def test_forward_and_gradients_match_the_oracle(case, interpreted):
 
 
 def test_chunks_equal_one_pass(interpreted):
-    layout, units, cut = GistLayout(4, 3, 8), 9, 5
+    layout, units, cut = GistLayout(4, 3, 8), 7, 4
     q, kv, _ = random_inputs(np.random.default_rng(1), layout, units, units, 4 * units, 1, 2, 1, 64, jnp.float32)
 
     @functools.partial(jax.jit, static_argnums=2)
     def run(q, first, count):
-        return tpu.attend(q, kv, layout, first, 0, unit_starts(layout, count, first), blocks=SMALL)
+        with interpreted():
+            return tpu.attend(q, kv, layout, first, 0, unit_starts(layout, count, first), blocks=SMALL)
 
     whole = split_segment(run(q, 0, units), layout, axis=1)
     raws, gists = split_segment(q, layout, axis=1)
@@ -140,7 +145,8 @@ def test_decode_matches_the_oracle(sizes, layout, gists, raw_index, interpreted)
     _, kv, _ = random_inputs(rng, layout, 1, gists, layout.window + layout.ratio, *sizes)
     q = jnp.asarray(rng.standard_normal((batch, 2, heads, dim), dtype=np.float32), dtype)
     raw_index = jnp.asarray(raw_index, jnp.int32)
-    out = jax.jit(lambda q, kv, i: tpu.decode(q, kv, layout, i, 32))(q, kv, raw_index)
+    with interpreted(cores=batch):
+        out = jax.block_until_ready(jax.jit(lambda q, kv, i: tpu.decode(q, kv, layout, i, 32))(q, kv, raw_index))
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), (q, kv))
     oracle = reference.decode(*wide, layout, raw_index)
     assert relative(out.astype(jnp.float32), oracle) < TOLERANCE[jnp.dtype(dtype).name]
