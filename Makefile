@@ -4,13 +4,17 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-tpu lint format clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m launch.demo --output=demo
 
 test: $(VENV)/installed-dev lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# the TPU kernels through the TPU's own compiler, on any machine: libtpu goes into an environment of its own
+test-tpu: $(VENV)-tpu/installed
+	JAX_PLATFORMS=cpu ALLOW_MULTIPLE_LIBTPU_LOAD=1 $(VENV)-tpu/bin/python -m pytest -n 2 --dist worksteal tests/test_tpu.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -34,5 +38,11 @@ $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	touch $@
 
+$(VENV)-tpu/installed: requirements-tpu.txt requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)-tpu
+	$(VENV)-tpu/bin/python -m pip install --quiet -r requirements-tpu.txt -c requirements-dev.txt \
+	  pytest pytest-xdist hypothesis beartype
+	touch $@
+
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) $(VENV)-tpu demo

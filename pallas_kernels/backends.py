@@ -12,6 +12,7 @@ A backend is a module with four functions, imported when it is first asked for:
   | "hopper"    | GPUs of compute capability 9.x, jax >= 0.11  | first, where it takes the arguments  |
   | "triton"    | NVIDIA GPUs from compute capability 8.0 on,  | next, where it takes the arguments   |
   |             | with the packages triton and jax-triton      |                                      |
+  | "tpu"       | TPUs                                         | first, where it takes the arguments  |
   | "blocked"   | any device                                   | else                                 |
   | "reference" | any device; dense, for tests                 | never                                |
 """
@@ -60,10 +61,15 @@ def _not_triton(device) -> str | None:
     return None
 
 
+def _not_tpu(device) -> str | None:
+    return None if device.platform == "tpu" else f"needs a TPU, this is {device.device_kind}"
+
+
 # in the order in which None tries them
 BACKENDS = {
     "hopper": Backend("pallas_kernels.hopper", _not_hopper),
     "triton": Backend("pallas_kernels.triton", _not_triton),
+    "tpu": Backend("pallas_kernels.tpu", _not_tpu),
     "blocked": Backend("pallas_kernels.blocked", _runs_anywhere),
     "reference": Backend("pallas_kernels.reference", _runs_anywhere),
 }

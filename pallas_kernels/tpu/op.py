@@ -1,0 +1,99 @@
+"""The TPU backend of gist attention: its limits, the tiles, and the pairing of forward and backward kernels.
+
+Axis legend
+  B  batch                 Hq  query heads, Hkv  KV heads, D  head dim
+  U  units of the segment, p = (r + 1) * U its positions [ raws | gists ]
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from pallas_kernels.tpu.backward import key_gradients, query_gradient
+from pallas_kernels.tpu.blocks import Blocks, blocks_for
+from pallas_kernels.tpu.forward import gist_attention_forward
+from pallas_kernels.tpu.plan import column_intervals, cut, key_table, query_table, row_intervals
+from unigist_jax.layout import GistLayout, UnitStarts
+
+DTYPES = (jnp.bfloat16, jnp.float32)
+HEAD_DIMS = (64, 128)
+RATIOS = (2, 4, 8, 16, 32)
+
+
+def refusal(q, kv, layout: GistLayout) -> str | None:
+    """Why the TPU kernels do not take these arguments; None if they do."""
+    dtypes = {jnp.dtype(x.dtype) for x in (q, *kv)}
+    if len(dtypes) > 1 or not dtypes <= {jnp.dtype(x) for x in DTYPES}:
+        names = ", ".join(sorted(x.name for x in dtypes))
+        return f"takes q and kv all in bfloat16 or all in float32, got {names}"
+    if q.shape[-1] not in HEAD_DIMS:
+        return f"takes head dims {HEAD_DIMS}, got {q.shape[-1]}"
+    if layout.ratio not in RATIOS:
+        return f"takes ratios {RATIOS}, got {layout.ratio}"
+    return None
+
+
+def attend(
+    q: Float[Array, "B p Hq D"],
+    kv,
+    layout: GistLayout,
+    first_unit: int | jax.Array,
+    first_raw_unit: int | jax.Array,
+    starts: UnitStarts,
+    blocks: Blocks | None = None,
+) -> Float[Array, "B p Hq D"]:
+    """TPU form of `pallas_kernels.gist_attention.gist_attention`; same arguments, `starts` per unit of the segment.
+
+    Differentiable in reverse mode with respect to q and kv; gradients are the same to the last bit in every run.
+
+    Args:
+      blocks: block sizes in place of those of the table in blocks.py.
+    """
+    if 0 in q.shape:
+        return q
+    blocks = blocks or blocks_for(q.shape[-1], layout.ratio, kv.gist_k.shape[1] * layout.ratio)
+    segment, axis = cut(q.shape, kv, layout, blocks)
+    intervals = row_intervals(layout, segment, axis, first_unit, first_raw_unit, starts)
+    return _attend(layout, segment, axis, q, kv, intervals)
+
+
+def _tiled(segment, axis, q, kv, intervals):
+    """What both directions read: tiles of q, k and v, the columns' intervals and the table of key tiles."""
+    k, v = axis.tile(kv.sink_k, kv.gist_k, kv.raw_k), axis.tile(kv.sink_v, kv.gist_v, kv.raw_v)
+    return segment.tile(q), k, v, column_intervals(segment, intervals), key_table(segment, axis, intervals)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attend(layout, segment, axis, q, kv, intervals):
+    return _forward(layout, segment, axis, q, kv, intervals)[0]
+
+
+def _forward(layout, segment, axis, q, kv, intervals):
+    out, lse = gist_attention_forward(*_tiled(segment, axis, q, kv, intervals), segment, axis, layout)
+    out = segment.untile(out)
+    return out, (q, kv, intervals, out, lse)
+
+
+def _backward(layout, segment, axis, residuals, d_out):
+    q, kv, intervals, out, lse = residuals
+    q, k, v, columns, table = _tiled(segment, axis, q, kv, intervals)
+    delta = segment.tile((d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1))[..., None, :]
+    # in rows of padding a log-sum-exp so high that their weights vanish
+    valid = jnp.tile(segment.valid_rows().reshape(segment.tiles, 1, segment.rows), (1, 1, segment.heads))
+    stats = jnp.concatenate([jnp.where(valid, lse, np.float32(2**30)), delta], axis=-2)
+    shared = q, segment.tile(d_out), stats, k, v, columns, table
+    d_q = query_gradient(*shared, segment, axis, layout)
+    d_k, d_v = key_gradients(*shared, query_table(segment, axis, table), segment, axis, layout)
+    d_k, d_v = (
+        [d.astype(x.dtype) for d, x in zip(axis.untile(d_tiles), kv[::2], strict=True)] for d_tiles in (d_k, d_v)
+    )
+    d_kv = type(kv)(*(d for pair in zip(d_k, d_v, strict=True) for d in pair))
+    return segment.untile(d_q), d_kv, None
+
+
+_attend.defvjp(_forward, _backward)
