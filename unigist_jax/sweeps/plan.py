@@ -19,7 +19,7 @@ UNFINISHED = ("pending", "stopped", "failed")
 def train_command(
     config_file: str, directory: SweepDirectory, run: SweptRun, common: dict[str, Any], train_flags: Sequence[str]
 ) -> str:
-    """The shell command of a run. `common`: overrides that all runs share; `train_flags`: more flags of launch.train."""
+    """The shell command of a run. `common`: overrides that all runs share; `train_flags`: more of its flags."""
     options = [f"--config={config_file}", f"--workdir={directory.workdir(run.name)}", "--noprogress", *train_flags]
     options += [override_flag(*item) for item in {**common, **run.overrides}.items()]
     return shlex.join(["python", "-m", "launch.train", *options])
