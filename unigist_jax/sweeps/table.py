@@ -15,7 +15,7 @@ _STYLES = {"running": "cyan", "done": "green", "failed": "bold red", "stopped": 
 
 
 def status_table(directory: SweepDirectory, records: Mapping[str, RunRecord], at_work_first: bool = False) -> Table:
-    """One row a run: state, steps done, last losses, speed, why it failed. `at_work_first`: not in the sweep's order."""
+    """One row a run: state, steps done, last losses, speed, why it failed; those at work first, if asked."""
     table = Table(box=None, pad_edge=False, header_style="bold", caption=summary(records), caption_justify="left")
     for heading in ("run", "state"):
         table.add_column(heading, overflow="fold")

@@ -1,0 +1,149 @@
+"""A sweep on a real Slurm, started here: an array of two runs of two processes each, one of them preempted twice."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from slurm_cluster import running_cluster, wait_until, why_not
+from tiny_runs import write_corpus
+
+from unigist_jax.sweeps.state import SweepDirectory
+from unigist_jax.training.metrics import read_metrics
+
+ROOT = Path(__file__).parent.parent
+STEPS = 300
+
+CONFIG = """
+from unigist_jax.config import default_config
+
+def get_config():
+    config = default_config()
+    config.model.update(
+        hidden_size=16, intermediate_size=24, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, dtype="float32",
+        attention_backend="reference",
+    )
+    config.gist.update(ratio=4, num_sinks=2, window=8)
+    config.data.update(source={source!r}, vocab_size=320, row_length=32, heldout_fraction=0.3)
+    config.optim.update(warmup_steps=1)
+    config.train.update(steps={steps}, batch_size=4, eval_every=100, eval_rows=4, checkpoint_every=10_000)
+    return config
+"""
+
+SWEEP = """
+def sweep(add):
+    for name in ("uninterrupted", "preempted"):
+        add(name=name, **{"optim.peak_lr": 3e-3})
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    if reason := why_not():
+        pytest.skip(reason)
+    with running_cluster(tmp_path_factory.mktemp("slurm")) as environment:
+        quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+        yield environment | {"XLA_FLAGS": quick, "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    source = write_corpus(folder / "corpus", longest=200)
+    (folder / "config.py").write_text(CONFIG.format(source=source, steps=STEPS))
+    (folder / "sweep.py").write_text(SWEEP)
+    return folder
+
+
+def sweep(environment, files, output, *flags):
+    """Runs `launch.sweep` and returns what it printed, and its exit code."""
+    command = [sys.executable, "-m", "launch.sweep", f"--config={files}/config.py", f"--sweep={files}/sweep.py"]
+    command += [f"--output={output}", "--executor=slurm", "--slurm_tasks_per_node=2", "--platform=cpu", *flags]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    return done.stdout + done.stderr, done.returncode
+
+
+def timeless(workdir):
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in read_metrics(workdir)]
+
+
+def test_a_preempted_run_is_requeued_and_ends_with_the_losses_of_an_uninterrupted_one(cluster, files, tmp_path):
+    directory = SweepDirectory(tmp_path / "sweep")
+    said, code = sweep(cluster, files, directory.path)
+    assert code == 0 and "submitted 2 runs as array" in said, said
+    records = directory.read()
+    assert {record.state for record in records.values()} == {"queued"}
+    task = records["preempted"].job
+
+    def slurm(*command):
+        done = subprocess.run(command, env=cluster, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def reached(name, step):
+        """Waits until a run has done a step."""
+        wait_until(lambda: directory.progress(name).step >= step, 120, f"{name} does not reach step {step}", tmp_path)
+
+    reached("preempted", 20)
+    slurm("scancel", "--signal=TERM", task)  # as Slurm does some time before the time limit
+    exit_code = directory.workdir("preempted") / "exit_code"
+    wait_until(exit_code.exists, 60, "the run does not end on SIGTERM", tmp_path)
+    first = directory.progress("preempted").step
+    assert 20 <= first < STEPS and exit_code.read_text() == "75\n"
+    assert [path.name for path in (directory.workdir("preempted") / "checkpoints").iterdir()] == [str(first)]
+
+    reached("preempted", first + 20)  # it has put itself back into the queue, and goes on
+    slurm("scontrol", "requeue", task)  # as Slurm does for a job of higher priority
+    wait_until(
+        lambda: "PENDING" in slurm("squeue", "--array", f"--jobs={task}", "--noheader", "--format=%T"),
+        60, "the task is not requeued", tmp_path,
+    )  # fmt: skip
+    second = directory.progress("preempted").step
+    assert first + 20 <= second < STEPS
+    said, code = sweep(cluster, files, directory.path)
+    assert code == 0 and "submitted" not in said and re.search(r"preempted +(queued|running)", said), said
+
+    for name in records:
+        wait_until((directory.workdir(name) / "exit_code").exists, 120, f"{name} does not end", tmp_path)
+        reached(name, STEPS)
+    wait_until(lambda: not slurm("squeue", "--noheader"), 30, "the queue does not empty", tmp_path)
+    said, code = sweep(cluster, files, directory.path, "--status", "--collect")
+    assert code == 0 and "2 runs: 2 done" in said, said
+    assert {record.state for record in directory.read().values()} == {"done"}
+    log = directory.log("preempted").read_text()
+    assert f"ended at step {first} of {STEPS} on SIGTERM" in log and f"ended at step {second} of" in log
+    alone, interrupted = (timeless(directory.workdir(name)) for name in ("uninterrupted", "preempted"))
+    assert [line["step"] for line in alone if "loss" in line] == list(range(1, STEPS + 1))
+    assert interrupted == alone
+
+    said, code = sweep(cluster, files, directory.path)  # nothing is left to do
+    assert code == 0 and "submitted" not in said and "2 runs: 2 done" in said, said
+
+
+def test_a_queue_that_refuses_leaves_the_runs_pending(cluster, files, tmp_path):
+    said, code = sweep(cluster, files, tmp_path / "sweep", "--slurm_partition=absent")
+    assert code == 2 and re.search(r"error: Slurm refused the sweep: .*invalid partition.*--slurm_ flags", said), said
+    assert {record.state for record in SweepDirectory(tmp_path / "sweep").read().values()} == {"pending"}
+
+
+def test_a_run_that_fails_shows_it(cluster, files, tmp_path):
+    (files / "failing.py").write_text('def sweep(add):\n    add(name="absent", **{"data.source": "/absent"})\n')
+    said, code = sweep(cluster, files, tmp_path / "sweep", f"--sweep={files}/failing.py", "--slurm_tasks_per_node=1")
+    directory = SweepDirectory(tmp_path / "sweep")
+    assert code == 0, said
+    wait_until((directory.workdir("absent") / "exit_code").exists, 60, "the run does not end", tmp_path)
+
+    def failed():
+        said, code = sweep(cluster, files, directory.path, "--status")
+        return code == 0 and re.search(r"absent +failed +0/\d+ +exit code 2", said)
+
+    wait_until(failed, 30, "the run is not seen to fail", tmp_path)
+    assert "'/absent' is neither a file nor a folder" in directory.log("absent").read_text()
+
+
+def test_without_slurm_the_remedy_is_said(files, tmp_path):
+    environment = os.environ | {"PATH": str(tmp_path)}
+    said, code = sweep(environment, files, tmp_path / "sweep")
+    assert code == 2 and re.search(r"error: sbatch is not on the PATH.*--executor=local", said), said
