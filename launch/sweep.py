@@ -89,12 +89,12 @@ def planned(directory: SweepDirectory, at_work: bool) -> tuple[dict[str, RunReco
     """All records, and those of them that are to run."""
     if _CONFIG.value is None or not _SWEEP.value:
         raise ValueError("--config and --sweep are needed to run a sweep")
-    runs = read_sweep(_SWEEP.value)
+    runs = read_sweep(Path(_SWEEP.value))
     common = config_flags.get_override_values(flags.FLAGS["config"])
     config_file = config_flags.get_config_filename(flags.FLAGS["config"])
     train_flags = list(_TRAIN_FLAGS.value)
     if wrong := [flag for flag in train_flags if not flag.startswith("--")]:
-        raise ValueError(f"--train_flag={wrong[0]!r} is no flag; write it as --train_flag=--{wrong[0]}")
+        raise ValueError(f"--train_flag={wrong[0]} is no flag; write it as --train_flag=--{wrong[0]}")
     if flags.FLAGS.platform:
         train_flags.append(f"--platform={flags.FLAGS.platform}")
     commands = [train_command(config_file, directory, run, common, train_flags) for run in runs]

@@ -169,8 +169,9 @@ def _new_parameter(
     vocabulary = tensors[HF_WEIGHTS["embedding"].name][1]
 
     def mean():
-        parts = (vocabulary[i : i + 4096].astype(np.float64) for i in range(0, config.vocab_size, 4096))
-        return sum(part.sum(axis=0) for part in parts) / config.vocab_size
+        size, step = config.vocab_size, 4096
+        parts = (vocabulary[i : min(i + step, size)].astype(np.float64) for i in range(0, size, step))
+        return sum(part.sum(axis=0) for part in parts) / size
 
     def rows(tokens):
         read = [vocabulary[token : token + 1][0] for token in np.ravel(tokens).tolist()]

@@ -49,8 +49,9 @@ def slots(gpus: Sequence[str], jobs: int | None) -> list[str | None]:
     if not gpus:
         return [None] * (jobs or 1)
     if jobs is not None and jobs > len(gpus):
+        there = f"there is 1 GPU ({gpus[0]})" if len(gpus) == 1 else f"there are {len(gpus)} GPUs ({','.join(gpus)})"
         raise ValueError(
-            f"--jobs={jobs}, but there are {len(gpus)} GPUs ({','.join(gpus)}); "
+            f"--jobs={jobs}, but {there}; "
             f"lower it, or list a GPU twice to share it: --gpus={','.join([gpus[0], *gpus])}"
         )
     return list(gpus[:jobs])

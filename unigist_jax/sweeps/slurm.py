@@ -63,7 +63,7 @@ class SlurmResources:
             )
         for option in self.options:
             if not option.startswith("-"):
-                raise ValueError(f"--slurm_option={option!r} is no option of sbatch; such as --exclusive is")
+                raise ValueError(f"--slurm_option={option} is no option of sbatch; write --slurm_option=--{option}")
 
     @property
     def tasks(self) -> int:

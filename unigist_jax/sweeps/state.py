@@ -149,8 +149,9 @@ class SweepDirectory:
 
     def last_lines(self, name: str, count: int = 12) -> list[str]:
         """The last lines of what a run's latest attempt printed."""
-        latest = ("\n" + _tail(self.log(name))).rpartition(f"\n{COMMAND_MARK}")[2]
-        return latest.rstrip().splitlines()[-count:]
+        lines = _tail(self.log(name)).rstrip().splitlines()
+        begins = max((i + 1 for i, line in enumerate(lines) if line.startswith(COMMAND_MARK)), default=0)
+        return lines[begins:][-count:]
 
 
 def _tail(path: Path) -> str:
