@@ -9,29 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_runs import write_corpus
+from tiny_runs import without_speed, write_quick_config
 
 from unigist_jax.sweeps.state import SweepDirectory
 from unigist_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
 LONG = 600  # steps of a run that is interrupted
-
-CONFIG = """
-from unigist_jax.config import default_config
-
-def get_config():
-    config = default_config()
-    config.model.update(
-        hidden_size=16, intermediate_size=24, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, dtype="float32",
-        attention_backend="reference",
-    )
-    config.gist.update(ratio=4, num_sinks=2, window=8)
-    config.data.update(source={source!r}, vocab_size=320, row_length=32, heldout_fraction=0.3)
-    config.optim.update(warmup_steps=1)
-    config.train.update(steps=4, batch_size=2, eval_every=4, eval_rows=2, checkpoint_every=10_000)
-    return config
-"""
 
 MIXED = """
 def sweep(add):
@@ -42,9 +26,9 @@ def sweep(add):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Folder of a config and of sweeps; `write(name, text)` adds a file."""
+    """A folder with a corpus and a config of 4 steps."""
     folder = tmp_path_factory.mktemp("files")
-    (folder / "config.py").write_text(CONFIG.format(source=write_corpus(folder / "corpus", longest=200)))
+    write_quick_config(folder, 4)
     return folder
 
 
@@ -64,10 +48,6 @@ def finish(process):
         return process.communicate(timeout=200)[0], process.returncode
     finally:
         process.kill()
-
-
-def timeless(workdir):
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in read_metrics(workdir)]
 
 
 def states(directory):
@@ -125,6 +105,6 @@ def test_ctrl_c_ends_the_runs_which_then_go_on_where_they_were(files, tmp_path):
 
     said, code = finish(start(files, sweep, directory.path, *flags, "--jobs=2"))
     assert code == 0 and "2 runs: 2 done" in said, said
-    one, other = timeless(directory.workdir("one")), timeless(directory.workdir("other"))
+    one, other = (without_speed(read_metrics(directory.workdir(name))) for name in ("one", "other"))
     assert [line["step"] for line in one] == [*range(1, LONG + 1), LONG]
     assert one == other

@@ -2,11 +2,13 @@
 
 import csv
 import dataclasses
+import itertools
 import json
 import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from tiny_runs import tiny_config
 from configs import micro
 from unigist_jax.config import RunConfig
 from unigist_jax.sweeps import collect, slurm
-from unigist_jax.sweeps.local import slots, visible_gpus
+from unigist_jax.sweeps.local import LocalExecutor, slots, visible_gpus
 from unigist_jax.sweeps.plan import plan, refreshed, train_command, unfinished
 from unigist_jax.sweeps.slurm import SlurmResources, array_script
 from unigist_jax.sweeps.spec import SweptRun, read_sweep, resolve
@@ -219,13 +221,42 @@ def test_each_run_gets_a_gpu(monkeypatch):
     assert slots([], None) == [None] and slots([], 3) == [None] * 3
 
 
+def test_so_many_runs_at_a_time_and_each_on_its_gpu(directory):
+    """Five runs on two GPUs; each tells its GPU, and when it began and ended. The fourth is told to end by someone."""
+    work = """
+        import os, sys, time
+        begin = time.time()
+        time.sleep(0.3)
+        print(os.environ["CUDA_VISIBLE_DEVICES"], begin, time.time())
+        first = not os.path.exists(sys.argv[1] + ".again")
+        open(sys.argv[1] + ".again", "w").close()
+        sys.exit(75 if first and sys.argv[2] == "3" else 0)
+    """
+    records = {}
+    for index in range(5):
+        command = ["python", "-c", textwrap.dedent(work), str(directory.log(str(index))), str(index)]
+        records[str(index)] = dataclasses.replace(record(str(index)), command=shlex.join(command))
+    told = []
+    with directory.locked() as lock:
+        LocalExecutor(directory, records, ["3", "5"], lock, told.append).run(list(records), lambda: None)
+    assert {r.state for r in records.values()} == {"done"} and directory.read() == records
+    lines = [line.split() for name in records for line in directory.log(name).read_text().splitlines() if line]
+    spans = [(gpu, float(begin), float(end)) for gpu, begin, end in (line for line in lines if line[0] in "35")]
+    assert len(spans) == 6 and {gpu for gpu, _, _ in spans} == {"3", "5"}
+    for gpu in "35":
+        mine = sorted(span[1:] for span in spans if span[0] == gpu)
+        assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(mine))
+    assert told.count("3: begins on GPU 3") + told.count("3: begins on GPU 5") == 2
+    assert "3: was told to end, and will go on" in told and "3: done" in told
+
+
 # --- Slurm ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_array_script_is_bash_and_asks_for_what_was_asked(directory, tmp_path):
     resources = SlurmResources(
-        nodes=2, gpus_per_node=8, cpus_per_task=12, mem="200G", time="4:00:00", partition="gpu", account="me", qos="high",
-        notice=300, options=("--exclusive",), setup="module load cuda", at_a_time=4,
+        nodes=2, gpus_per_node=8, cpus_per_task=12, mem="200G", time="4:00:00", partition="gpu", account="me",
+        qos="high", notice=300, options=("--exclusive",), setup="module load cuda", at_a_time=4,
     )  # fmt: skip
     records = [dataclasses.replace(record("a"), command="python -m launch.train --x='b c'"), record("b")]
     script = array_script(directory, records, resources)
