@@ -1,16 +1,22 @@
 # Two commands on a fresh machine with python3 (3.11 or later): `make demo` and `make test`.
+# `make test-slurm`, as root on Debian, installs Slurm and tests sweeps on it.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-slurm lint format clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m launch.demo --output=demo
 
 test: $(VENV)/installed-dev lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-slurm: $(VENV)/installed-dev
+	{ command -v slurmctld && command -v munged; } >/dev/null || \
+	  { apt-get update && apt-get install --yes --no-install-recommends slurm-wlm munge; }
+	$(BIN)/python -m pytest tests/test_slurm.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

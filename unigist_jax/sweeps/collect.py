@@ -14,6 +14,7 @@ from unigist_jax.training.metrics import read_metrics
 
 RESULTS_CSV, RESULTS_PLOT = "results.csv", "results.png"
 LAST_STEPS = 10  # over which the training loss is averaged
+_LEGEND_RUNS = 16  # more would hide the curves; the colours go from the first run to the last
 _FORMS = {"tokens_per_second": ",.0f", "loss": ".4f", "heldout_loss": ".4f", "heldout_perplexity": ".2f"}
 
 
@@ -93,7 +94,7 @@ def plot(directory: SweepDirectory, records: Mapping[str, RunRecord], rows: Sequ
     for axes in (losses, heldout):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    if losses.lines:
+    if 0 < len(losses.lines) <= _LEGEND_RUNS:
         losses.legend(fontsize="small")
     figure.savefig(path)
 
