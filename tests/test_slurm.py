@@ -8,29 +8,13 @@ from pathlib import Path
 
 import pytest
 from slurm_cluster import running_cluster, wait_until, why_not
-from tiny_runs import write_corpus
+from tiny_runs import quick_environment, without_speed, write_quick_config
 
 from unigist_jax.sweeps.state import SweepDirectory
 from unigist_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
 STEPS = 400
-
-CONFIG = """
-from unigist_jax.config import default_config
-
-def get_config():
-    config = default_config()
-    config.model.update(
-        hidden_size=16, intermediate_size=24, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, dtype="float32",
-        attention_backend="reference",
-    )
-    config.gist.update(ratio=4, num_sinks=2, window=8)
-    config.data.update(source={source!r}, vocab_size=320, row_length=32, heldout_fraction=0.3)
-    config.optim.update(warmup_steps=1)
-    config.train.update(steps={steps}, batch_size=4, eval_every=100, eval_rows=4, checkpoint_every=10_000)
-    return config
-"""
 
 SWEEP = """
 def sweep(add):
@@ -43,16 +27,15 @@ def sweep(add):
 def cluster(tmp_path_factory):
     if reason := why_not():
         pytest.skip(reason)
-    with running_cluster(tmp_path_factory.mktemp("slurm")) as environment:
-        quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-        yield environment | {"XLA_FLAGS": quick, "PYTHONPATH": str(ROOT)}
+    folder = tmp_path_factory.mktemp("slurm")
+    with running_cluster(folder) as environment:
+        yield environment | quick_environment(folder) | {"PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sweep")
-    source = write_corpus(folder / "corpus", longest=200)
-    (folder / "config.py").write_text(CONFIG.format(source=source, steps=STEPS))
+    write_quick_config(folder, STEPS)
     (folder / "sweep.py").write_text(SWEEP)
     return folder
 
@@ -63,10 +46,6 @@ def sweep(environment, files, output, *flags):
     command += [f"--output={output}", "--executor=slurm", "--slurm_tasks_per_node=2", "--platform=cpu", *flags]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     return done.stdout + done.stderr, done.returncode
-
-
-def timeless(workdir):
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in read_metrics(workdir)]
 
 
 def test_a_preempted_run_is_requeued_and_ends_with_the_losses_of_an_uninterrupted_one(cluster, files, tmp_path):
@@ -114,7 +93,9 @@ def test_a_preempted_run_is_requeued_and_ends_with_the_losses_of_an_uninterrupte
     assert {record.state for record in directory.read().values()} == {"done"}
     log = directory.log("preempted").read_text()
     assert f"ended at step {first} of {STEPS} on SIGTERM" in log and f"ended at step {second} of" in log
-    alone, interrupted = (timeless(directory.workdir(name)) for name in ("uninterrupted", "preempted"))
+    alone, interrupted = (
+        without_speed(read_metrics(directory.workdir(name))) for name in ("uninterrupted", "preempted")
+    )
     assert [line["step"] for line in alone if "loss" in line] == list(range(1, STEPS + 1))
     assert interrupted == alone
 

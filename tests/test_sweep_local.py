@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_runs import without_speed, write_quick_config
+from tiny_runs import quick_environment, without_speed, write_quick_config
 
 from unigist_jax.sweeps.state import SweepDirectory
 from unigist_jax.training.metrics import read_metrics
@@ -35,8 +35,7 @@ def files(tmp_path_factory):
 def start(files, sweep, output, *flags):
     command = [sys.executable, "-m", "launch.sweep", f"--config={files}/config.py", f"--sweep={sweep}"]
     command += [f"--output={output}", "--platform=cpu", "--train_flag=--notensorboard", *flags]
-    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    environment = os.environ | {"XLA_FLAGS": quick, "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "120"}
+    environment = os.environ | quick_environment(files) | {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "120"}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

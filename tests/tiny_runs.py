@@ -67,6 +67,15 @@ def write_quick_config(folder, steps):
     return folder / "config.py"
 
 
+def quick_environment(folder):
+    """Variables for runs in processes of their own: they compile quickly, and each program once for all of them."""
+    return {
+        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
 def without_speed(lines):
     """Lines of metrics.jsonl but for what depends on the clock."""
     return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]
