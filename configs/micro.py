@@ -1,4 +1,4 @@
-"""A model of 0.2M parameters for sweeps on a CPU: `tiny.py`, smaller and shorter.
+"""A model of 0.16M parameters for sweeps on a CPU: `tiny.py`, smaller and shorter.
 
 python -m launch.sweep --config=configs/micro.py --sweep=configs/sweeps/ratio.py --jobs=2
 

@@ -326,6 +326,14 @@ def test_processes_and_gpus_must_agree():
         SlurmResources(options=("exclusive",))
 
 
+@pytest.mark.parametrize("name", ["train_8gpus.sh", "train_slurm.sh", "train_tpu_pod.sh"])
+def test_launch_scripts_are_bash_and_tell_their_usage(name):
+    script = ROOT / "scripts" / name
+    assert subprocess.run(["bash", "-n", script], capture_output=True, check=False).returncode == 0
+    done = subprocess.run([script], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and re.match(r"usage: .*CONFIG WORKDIR", done.stderr)
+
+
 # --- results -------------------------------------------------------------------------------------------------------
 
 
