@@ -103,14 +103,16 @@ def planned(directory: SweepDirectory, at_work: bool) -> tuple[dict[str, RunReco
     return records, unfinished(records, runs)
 
 
-def show_status(directory: SweepDirectory, console: Console) -> dict[str, RunRecord]:
-    """Prints the table of a sweep that was begun; writes down what has changed, unless a sweep at work does that."""
+def show_status(directory: SweepDirectory, console: Console) -> None:
+    """Prints the table and the last lines of what failed; writes down what changed, unless a sweep at work does."""
     at_work = directory.is_locked()
     records = refreshed(directory, directory.read_existing(), at_work)
     if not at_work:
         directory.write(records)
     console.print(status_table(directory, records))
-    return records
+    for record in records.values():
+        if record.state == "failed":
+            print("\n".join([f"{directory.log(record.name)} ends:", *directory.last_lines(record.name)]))
 
 
 def collect_results(directory: SweepDirectory) -> None:
@@ -174,14 +176,17 @@ def run_slurm(directory: SweepDirectory, console: Console) -> None:
 def main(_: list[str]) -> None:
     console = Console()
     directory = sweep_directory()
+    if _STATUS.value:
+        show_status(directory, console)
+    if _COLLECT.value:
+        collect_results(directory)
     if _STATUS.value or _COLLECT.value:
-        if _STATUS.value:
-            show_status(directory, console)
-        if _COLLECT.value:
-            collect_results(directory)
-    elif _DRY_RUN.value:
+        return
+    if _DRY_RUN.value:
         dry_run(directory)
-    elif _EXECUTOR.value == "slurm":
+        return
+    planned(directory, directory.is_locked())  # bad input is refused before there is a directory
+    if _EXECUTOR.value == "slurm":
         run_slurm(directory, console)
     else:
         run_local(directory, console)

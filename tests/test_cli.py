@@ -197,7 +197,7 @@ def test_sweep_refuses_bad_input_before_anything_runs(body, flags, parts, comman
     (tmp_path / "sweep.py").write_text(f"def sweep(add):\n    {body}\n")
     files = f"--config={config_file}", f"--sweep={tmp_path}/sweep.py", f"--output={tmp_path}/out"
     assert_refused(command("sweep", *files, *flags), *parts)
-    assert not (tmp_path / "out" / "sweep.jsonl").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_sweep_says_what_it_would_run(command, config_file, tmp_path):

@@ -71,12 +71,14 @@ class LocalExecutor:
         lock: int,
         tell: Callable[[str], None],
     ):
-        """Args:
-        directory: of the sweep.
-        records: all of them; kept up to date here and in sweep.jsonl.
-        slots: what each run at work holds (`slots`).
-        lock: descriptor of the directory's lock, which the runs inherit.
-        tell: gets a line for every run that begins or ends.
+        """Prepares; nothing runs yet.
+
+        Args:
+          directory: of the sweep.
+          records: all of them; kept up to date here and in sweep.jsonl.
+          slots: what each run at work holds (`slots`).
+          lock: descriptor of the directory's lock, which the runs inherit.
+          tell: gets a line for every run that begins or ends.
         """
         self._directory, self._records, self._lock, self._tell = directory, records, lock, tell
         self._free = list(slots)
