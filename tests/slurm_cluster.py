@@ -6,6 +6,7 @@ is left alone: ports, key, sockets and state are its own.
 
 import contextlib
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -15,13 +16,15 @@ from pathlib import Path
 
 PROGRAMS = "munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol"
 
-# A requeued job waits until its old credential has expired; 5 seconds are the least that Slurm allows.
+# A requeued job waits until its old credential has expired; 5 seconds are the least that Slurm allows. jax derives the
+# port at which processes meet from the job id, so two clusters on one machine must count from different ones.
 CONFIG = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller_port}
 SlurmdPort={node_port}
 SlurmUser=root
+FirstJobId={first_job}
 AuthType=auth/munge
 CredType=cred/munge
 AuthInfo=socket={socket},cred_expire=5
@@ -82,6 +85,7 @@ def running_cluster(folder: Path):
                 controller_port=ports[0],
                 node_port=ports[1],
                 socket=sockets / "socket",
+                first_job=random.randrange(1, 50_000),
                 folder=folder,
             )
         )
