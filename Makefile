@@ -1,10 +1,11 @@
 # Two commands on a fresh machine with python3 (3.11 or later): `make demo` and `make test`.
+# `make test-slurm`, as root on Debian, installs Slurm and tests sweeps on it.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-tpu lint format clean
+.PHONY: demo test test-tpu test-slurm lint format clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m launch.demo --output=demo
@@ -15,6 +16,11 @@ test: $(VENV)/installed-dev lint
 # the TPU kernels through the TPU's own compiler, on any machine: libtpu goes into an environment of its own
 test-tpu: $(VENV)-tpu/installed
 	JAX_PLATFORMS=cpu ALLOW_MULTIPLE_LIBTPU_LOAD=1 $(VENV)-tpu/bin/python -m pytest -n 2 --dist worksteal tests/test_tpu.py
+
+test-slurm: $(VENV)/installed-dev
+	{ command -v slurmctld && command -v munged; } >/dev/null || \
+	  { apt-get update && apt-get install --yes --no-install-recommends slurm-wlm munge; }
+	$(BIN)/python -m pytest tests/test_slurm.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

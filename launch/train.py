@@ -2,13 +2,18 @@
 
   python -m launch.train --config=configs/tiny.py --workdir=runs/tiny --config.train.steps=100
 
-Run the same command again to resume from the latest checkpoint. Several processes: start it in each with
---coordinator_address, --num_processes and --process_id (under Slurm's srun these are found by themselves).
+Run the same command again to resume from the latest checkpoint. On SIGTERM it saves one, ends with exit code 75 and so
+asks to be started again.
+
+Several processes: start it in each with --coordinator_address, --num_processes and --process_id. Under Slurm's srun
+these are found by themselves; on a TPU pod slice --distributed finds them.
 """
 
 from __future__ import annotations
 
 import os
+import signal
+import sys
 
 import jax
 from absl import flags, logging
@@ -17,6 +22,7 @@ from ml_collections import config_flags
 from launch.flags import run_main
 from unigist_jax.config import RunConfig
 from unigist_jax.training.loop import train
+from unigist_jax.training.preemption import REQUEUE_EXIT_CODE, Preempted
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config()", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run: config, tokenizer, metrics, checkpoints")
@@ -29,6 +35,9 @@ _PROGRESS = flags.DEFINE_bool("progress", True, "show a progress bar")
 _COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0, for several processes")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "processes of this run", lower_bound=1)
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "number of this process, from 0", lower_bound=0)
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "several processes, which jax finds by itself: TPU pod slice, Open MPI, Kubernetes"
+)
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -41,20 +50,26 @@ def _all_or_none(values) -> bool:
 
 
 def main(_: list[str]) -> None:
+    # Before the loop, which listens itself, there is nothing to save.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(REQUEUE_EXIT_CODE))
     run = RunConfig.from_dict(_CONFIG.value.to_dict())
     if _COORDINATOR.value:
         jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+    elif _DISTRIBUTED.value or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         jax.distributed.initialize()
     logging.info("%d processes, devices %s", jax.process_count(), jax.devices())
-    train(
-        run,
-        _WORKDIR.value,
-        init_from=_INIT_FROM.value,
-        stop_at_step=_STOP_AT_STEP.value,
-        tensorboard=_TENSORBOARD.value,
-        progress=_PROGRESS.value,
-    )
+    try:
+        train(
+            run,
+            _WORKDIR.value,
+            init_from=_INIT_FROM.value,
+            stop_at_step=_STOP_AT_STEP.value,
+            tensorboard=_TENSORBOARD.value,
+            progress=_PROGRESS.value,
+        )
+    except Preempted as preempted:
+        print(preempted, file=sys.stderr)
+        sys.exit(REQUEUE_EXIT_CODE)
 
 
 if __name__ == "__main__":

@@ -182,6 +182,37 @@ def test_bad_flags_are_refused(name, flags, parts, command, trained):
     assert_refused(command(name, f"--workdir={trained[0]}", "--platform=cpu", *flags), *parts)
 
 
+@pytest.mark.parametrize(
+    ("body", "flags", "parts"),
+    [
+        ("add(**{'gist.ratios': 8})", [], ["'ratios=8'", "no config field 'gist.ratios'", "did you mean 'gist.ratio'"]),
+        ("add(); add()", [], ["sweep.py, line 2", "two runs are called 'base'"]),
+        ("add()", ["--executor=slurm", "--slurm_option=x"], ["--slurm_option=x is no option"]),
+        ("add()", ["--gpus=0", "--jobs=2"], ["--jobs=2", "there is 1 GPU"]),
+        ("add()", ["--train_flag=x"], ["--train_flag=x is no flag", "--train_flag=--x"]),
+        ("add()", ["--status"], ["holds no sweep", "--config and --sweep"]),
+    ],
+)
+def test_sweep_refuses_bad_input_before_anything_runs(body, flags, parts, command, config_file, tmp_path):
+    (tmp_path / "sweep.py").write_text(f"def sweep(add):\n    {body}\n")
+    files = f"--config={config_file}", f"--sweep={tmp_path}/sweep.py", f"--output={tmp_path}/out"
+    assert_refused(command("sweep", *files, *flags), *parts)
+    assert not (tmp_path / "out").exists()
+
+
+def test_sweep_says_what_it_would_run(command, config_file, tmp_path):
+    (tmp_path / "sweep.py").write_text(
+        "def sweep(add):\n    for ratio in (2, 4):\n        add(**{'gist.ratio': ratio})\n"
+    )
+    files = f"--config={config_file}", f"--sweep={tmp_path}/sweep.py", f"--output={tmp_path}/out"
+    finished = command("sweep", *files, "--dry_run", "--config.train.steps=9")
+    assert finished.code == 0 and finished.out.count("python -m launch.train") == 2, finished.err
+    assert "--config.train.steps=9 --config.gist.ratio=4" in finished.out
+    finished = command("sweep", *files, "--dry_run", "--executor=slurm")
+    assert finished.code == 0 and "#SBATCH --array=0-1" in finished.out, finished.err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(("name", "flags"), [("evaluate", []), ("generate", ["--prompt=a"])])
 def test_a_work_directory_without_a_run_is_refused(name, flags, command, tmp_path):
     assert_refused(command(name, f"--workdir={tmp_path}", *flags), str(tmp_path), "holds no run", "launch.train")

@@ -41,3 +41,41 @@ def write_corpus(folder, longest, documents=12):
         words = [f"w{number:x}" for number in rng.integers(0, 400, size=rng.integers(5, longest))]
         (folder / f"{index}.txt").write_text(f"document {index}\n\n" + " ".join(words) + "\n")
     return str(folder)
+
+
+QUICK_CONFIG = """
+from unigist_jax.config import default_config
+
+def get_config():
+    config = default_config()
+    config.model.update(
+        hidden_size=16, intermediate_size=24, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, dtype="float32",
+        attention_backend="reference",
+    )
+    config.gist.update(ratio=4, num_sinks=2, window=8)
+    config.data.update(source={source!r}, vocab_size=320, row_length=32, heldout_fraction=0.3)
+    config.optim.update(warmup_steps=1)
+    config.train.update(steps={steps}, batch_size=4, eval_every=100, eval_rows=4, checkpoint_every=10_000)
+    return config
+"""
+
+
+def write_quick_config(folder, steps):
+    """A corpus and `config.py` in `folder` for runs that are soon compiled and take many quick steps; the file."""
+    source = write_corpus(folder / "corpus", longest=200)
+    (folder / "config.py").write_text(QUICK_CONFIG.format(source=source, steps=steps))
+    return folder / "config.py"
+
+
+def quick_environment(folder):
+    """Variables for runs in processes of their own: they compile quickly, and each program once for all of them."""
+    return {
+        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+def without_speed(lines):
+    """Lines of metrics.jsonl but for what depends on the clock."""
+    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]

@@ -9,6 +9,7 @@ from pallas_kernels.backends import check_name
 
 DTYPES = ("float32", "bfloat16", "float16")
 REMAT_POLICIES = ("none", "full", "dots")
+GIST_INITS = ("normal", "mean", "tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,9 @@ class LlamaConfig:
       param_dtype, dtype: of the parameters and of the computation; norms, softmax and logits are float32.
       remat: what the backward pass recomputes of each layer: "none", "full" (everything), "dots" (all but products).
       attention_backend: of `pallas_kernels.gist_attention`; None chooses by platform.
-      gist_init_scale: standard deviation of the initial gist and sink embeddings.
+      gist_init: what gist and sink embeddings begin as: "normal" (around 0), "mean" (around the mean of the
+        vocabulary's embeddings), "tokens" (embeddings of tokens drawn from the vocabulary).
+      gist_init_scale: standard deviation of "normal" and "mean".
 
     Raises:
       ValueError: naming the field, its value and what it may be.
@@ -59,6 +62,7 @@ class LlamaConfig:
     dtype: str = "bfloat16"
     remat: str = "none"
     attention_backend: str | None = None
+    gist_init: str = "normal"
     gist_init_scale: float = 0.02
 
     def __post_init__(self):
@@ -78,6 +82,7 @@ class LlamaConfig:
             ("param_dtype", DTYPES),
             ("dtype", DTYPES),
             ("remat", REMAT_POLICIES),
+            ("gist_init", GIST_INITS),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"LlamaConfig.{name}={getattr(self, name)!r} is unknown; choose one of {allowed}")

@@ -29,6 +29,7 @@ from safetensors.numpy import save_file
 
 from unigist_jax.layout import GistLayout
 from unigist_jax.model.config import LlamaConfig
+from unigist_jax.model.gist_init import initial_embeddings
 from unigist_jax.model.hf_config import config_from_hf, config_to_hf, layout_from_hf
 from unigist_jax.model.hf_weights import GIST_PARAMETERS, HF_WEIGHTS, is_stacked, names_and_shape
 from unigist_jax.model.llama import Llama
@@ -161,10 +162,23 @@ def _stored_parameter(path: str, leaf: Any, tensors: dict[str, tuple[Path, Any]]
     return out
 
 
-def _new_parameter(path: str, leaf: Any, config: LlamaConfig, seed: int, index: tuple[slice, ...]) -> np.ndarray:
-    """`parameter[index]` of a gist or sink embedding drawn from the seed."""
+def _new_parameter(
+    path: str, leaf: Any, config: LlamaConfig, seed: int, tensors: dict[str, tuple[Path, Any]], index: tuple[slice, ...]
+) -> np.ndarray:
+    """`parameter[index]` of a gist or sink embedding, drawn from the seed as `config.gist_init` says."""
+    vocabulary = tensors[HF_WEIGHTS["embedding"].name][1]
+
+    def mean():
+        size, step = config.vocab_size, 4096
+        parts = (vocabulary[i : min(i + step, size)].astype(np.float64) for i in range(0, size, step))
+        return sum(part.sum(axis=0) for part in parts) / size
+
+    def rows(tokens):
+        read = [vocabulary[token : token + 1][0] for token in np.ravel(tokens).tolist()]
+        return np.asarray(read, np.float32).reshape(leaf.shape)
+
     key = jax.random.fold_in(jax.random.key(seed), GIST_PARAMETERS.index(path))
-    return np.asarray(config.gist_init_scale * jax.random.normal(key, leaf.shape)).astype(leaf.dtype)[index]
+    return np.asarray(initial_embeddings(config, key, leaf.shape, mean, rows)).astype(leaf.dtype)[index]
 
 
 def _checked_layout(directory: Path, hf: dict[str, Any], layout: GistLayout | None) -> GistLayout:
@@ -201,7 +215,7 @@ def load_hf(
         for one with gists it may have another ratio or window, not other sinks.
       mesh: shards parameters over the mesh by `unigist_jax.sharding.PARAMETER_AXES`, each device reading its own part;
         None puts them on the default device.
-      seed: of the gist and sink embeddings of a plain checkpoint, normal with `gist_init_scale`.
+      seed: of the gist and sink embeddings of a plain checkpoint, by the config's `gist_init`.
       **overrides: fields of `LlamaConfig`, such as `param_dtype`, `dtype`, `attention`, `remat`. Unless overridden,
         parameters and computation have the checkpoint's dtype.
 
@@ -237,7 +251,7 @@ def load_hf(
         arrays = []
         for (path, leaf), sharding in zip(parameters.items(), shardings, strict=True):
             if path in new:
-                read = partial(_new_parameter, path, leaf, config, seed)
+                read = partial(_new_parameter, path, leaf, config, seed, tensors)
             else:
                 read = partial(_stored_parameter, path, leaf, tensors)
             arrays.append(_array(leaf.shape, sharding, read))

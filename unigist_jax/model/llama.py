@@ -28,6 +28,7 @@ from pallas_kernels import GistKV
 from unigist_jax.layout import GistLayout, assemble_segment, segment_positions, sink_positions, split_segment
 from unigist_jax.model.attention import full_attention, segment_attention, sink_attention
 from unigist_jax.model.config import LlamaConfig
+from unigist_jax.model.gist_init import initial_embeddings
 from unigist_jax.model.layers import DecoderLayer, RMSNorm, rotary
 
 _REMAT = {
@@ -48,10 +49,15 @@ class Llama(nnx.Module):
     def __init__(self, config: LlamaConfig, layout: GistLayout, *, rngs: nnx.Rngs):
         self.config, self.layout = config, layout
         init = nnx.initializers.normal(0.02, dtype=config.param_dtype)
-        gist_init = nnx.initializers.normal(config.gist_init_scale, dtype=config.param_dtype)
-        self.embedding = nnx.Param(init(rngs.params(), (config.vocab_size, config.hidden_size)))
-        self.gist_embedding = nnx.Param(gist_init(rngs.params(), (config.hidden_size,)))
-        self.sink_embedding = nnx.Param(gist_init(rngs.params(), (layout.num_sinks, config.hidden_size)))
+        vocabulary = init(rngs.params(), (config.vocab_size, config.hidden_size))
+        self.embedding = nnx.Param(vocabulary)
+
+        def gist_init(*shape):
+            by_mean, by_rows = partial(jnp.mean, vocabulary, axis=0), vocabulary.__getitem__
+            return initial_embeddings(config, rngs.params(), shape, by_mean, by_rows).astype(config.param_dtype)
+
+        self.gist_embedding = nnx.Param(gist_init(config.hidden_size))
+        self.sink_embedding = nnx.Param(gist_init(layout.num_sinks, config.hidden_size))
         self.layers = DecoderLayer(config, (config.num_layers,), rngs=rngs)
         self.norm = RMSNorm(config)
         if config.tie_embeddings:

@@ -89,10 +89,7 @@ class Checkpoints:
         args = {item: ocp.args.StandardRestore(_named(tree)) for item, tree in like.items()}
         with _unreadable_named(where):
             restored = self._manager.restore(step, args=ocp.args.Composite(**args))
-        return [
-            jax.tree.unflatten(jax.tree.structure(tree), [restored[item][name] for name in _named(tree)])
-            for item, tree in like.items()
-        ]
+        return [_filled(tree, restored[item]) for item, tree in like.items()]
 
     def close(self) -> None:
         self._manager.wait_until_finished()
@@ -113,11 +110,23 @@ def _unreadable_named(where: Path) -> Iterator[None]:
 
 
 def _named(tree: Any) -> dict[str, Any]:
-    """Leaves by a readable path, in the tree's order."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {
-        jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): leaf for path, leaf in leaves
-    }
+    """Leaves by a readable path, in the tree's order, but for empty ones (no sinks), which orbax cannot save."""
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree) if 0 not in leaf.shape}
+
+
+def _filled(like: Any, leaves: dict[str, Any]) -> Any:
+    """The tree `like` with leaves by name; what is empty is made."""
+
+    def leaf(path, abstract):
+        if 0 not in abstract.shape:
+            return leaves[_name(path)]
+        return jax.device_put(jnp.zeros(abstract.shape, abstract.dtype), abstract.sharding)
+
+    return jax.tree_util.tree_map_with_path(leaf, like)
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 
 
 def _check_shapes(where: Path, saved: Any, expected: dict[str, Any]) -> None:

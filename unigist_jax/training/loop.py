@@ -27,6 +27,7 @@ from unigist_jax.model.hf import load_hf
 from unigist_jax.sharding import batch_sharding, make_mesh
 from unigist_jax.training.checkpoint import Checkpoints, check_workdir, claim_workdir, has_checkpoint
 from unigist_jax.training.metrics import MetricsWriter
+from unigist_jax.training.preemption import Preempted, preemption_notice
 from unigist_jax.training.step import Batch, TrainState, abstract_state, make_eval_step, make_state, make_train_step
 
 
@@ -55,6 +56,7 @@ def train(
     Raises:
       ValueError: for a bad config, corpus, mesh, checkpoint, or a work directory of another run; before training.
       FloatingPointError: if loss or gradient is not finite; the message holds the step and the config.
+      Preempted: if SIGTERM came before the last step (`unigist_jax.training.preemption`); the checkpoint is saved.
     """
     workdir = Path(workdir)
     is_first = jax.process_index() == 0
@@ -67,7 +69,7 @@ def train(
 
     model = _initial_model(run, init_from, mesh) if init_from and not has_checkpoint(workdir) else None
     _first_process_then_all(lambda: claim_workdir(workdir, run))  # now that nothing in the config can be wrong any more
-    with jax.set_mesh(mesh), contextlib.ExitStack() as closing:
+    with jax.set_mesh(mesh), preemption_notice() as told_to_end, contextlib.ExitStack() as closing:
         checkpoints = Checkpoints(workdir, run.train.keep_checkpoints)
         closing.callback(checkpoints.close)
         if checkpoints.latest_step() is None:
@@ -92,6 +94,10 @@ def train(
             local = data.local_batch(step, jax.process_index(), jax.process_count())
             state, metrics = train_step(state, to_devices(local))
             report(step + 1, metrics)
+            preempted = told_to_end(step + 1) and step + 1 < end
+            if preempted:  # saves first: an evaluation may take longer than the time that is left
+                report.flush()
+                checkpoints.save(state)
             if run.train.eval_every and ((step + 1) % run.train.eval_every == 0 or step + 1 == run.train.steps):
                 report.flush()
                 loss = heldout_loss(state.model, eval_step, map(to_devices, heldout()))
@@ -99,6 +105,8 @@ def train(
             if (step + 1) % run.train.checkpoint_every == 0 or step + 1 == end:
                 report.flush()
                 checkpoints.save(state)
+            if preempted:
+                raise Preempted(f"ended at step {step + 1} of {end} on SIGTERM; run the same command again to go on")
     return state
 
 
@@ -176,12 +184,13 @@ def _read_data(run: RunConfig, tokenizer: Tokenizer) -> tuple[TrainData, Callabl
 def _initial_model(run: RunConfig, directory: str, mesh: jax.sharding.Mesh) -> Llama:
     """The HF checkpoint as this run's model. Raises ValueError if its shape is not the config's."""
     ours = dataclasses.asdict(run.model)
-    choices = {name: ours[name] for name in ("attention", "param_dtype", "dtype", "remat", "attention_backend")}
+    names = "attention", "param_dtype", "dtype", "remat", "attention_backend", "gist_init", "gist_init_scale"
+    choices = {name: ours[name] for name in names}
     model = load_hf(directory, run.gist, mesh=mesh, seed=run.train.seed, **choices)
     theirs = dataclasses.asdict(model.config)
     differences = config_differences(
-        {name: value for name, value in theirs.items() if name not in ("gist_init_scale", "max_position_embeddings")},
-        {name: ours[name] for name in theirs if name not in ("gist_init_scale", "max_position_embeddings")},
+        {name: value for name, value in theirs.items() if name != "max_position_embeddings"},
+        {name: ours[name] for name in theirs if name != "max_position_embeddings"},
         "model.",
     )
     if differences:
