@@ -1,6 +1,7 @@
 """The loss, the optimizer and the step, on one device and on meshes, against computations of their own in NumPy."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -213,9 +214,13 @@ def test_loss_falls_when_one_batch_is_seen_again_and_again(on_one_device):
     assert losses[-1] < 0.3 * losses[0]
 
 
-@pytest.mark.parametrize("axis", ["data", "fsdp", "tensor"])
-def test_every_mesh_trains_alike(axis, small_run, packed, on_one_device):
-    history, after_4 = small_training(small_run, packed, 2, 4, **{"data": 1, axis: 2})
+MESHES = [{"data": 2}, {"fsdp": 2}, {"tensor": 2}, {"context": 2}, {"data": 2, "fsdp": 2, "context": 2}]
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_every_mesh_trains_alike(sizes, small_run, packed, on_one_device):
+    devices = math.prod(sizes.values())
+    history, after_4 = small_training(small_run, packed, devices, 4, **({"data": 1} | sizes))
     for name in ("loss", "grad_norm", "learning_rate", "targets"):
         got, expected = ([line[name] for line in lines] for lines in (history, on_one_device[0][:4]))
         np.testing.assert_allclose(got, expected, rtol=2e-6, err_msg=name)

@@ -11,6 +11,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from unigist_jax.context import Placement
 from unigist_jax.layout import GistLayout
 from unigist_jax.model import LlamaConfig, RopeScaling
 
@@ -117,6 +118,7 @@ class MeshConfig:
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    context: int = 1
 
 
 _TINY = dict(
@@ -150,6 +152,15 @@ class RunConfig:
             rows < 1 or self.train.batch_size % rows == 0,
             f"train.batch_size={self.train.batch_size} is not a multiple of mesh data * fsdp = {rows}",
         )
+        if self.mesh.context > 1:
+            _require(
+                self.model.attention == "gist",
+                f"mesh.context={self.mesh.context} needs model.attention='gist', not {self.model.attention!r}",
+            )
+            try:
+                Placement(self.mesh.context).piece_units(self.gist, self.data.row_length)
+            except ValueError as error:
+                raise ValueError(f"mesh.context={self.mesh.context}: {error} (data.row_length)") from error
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> RunConfig:

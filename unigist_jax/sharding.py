@@ -1,8 +1,8 @@
 """The device mesh and the map from logical axes to mesh axes: every PartitionSpec of the project comes from here.
 
 Mesh axes
-  data    batch rows, parameters replicated          fsdp    batch rows, parameters and optimizer state split
-  tensor  heads, feed-forward columns, vocabulary
+  data     batch rows, parameters replicated          fsdp    batch rows, parameters and optimizer state split
+  context  the units of a row (context.py)            tensor  heads, feed-forward columns, vocabulary
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "context", "tensor")
 
 LOGICAL_TO_MESH: dict[str | None, Any] = {
     "batch": ("data", "fsdp"),
+    "positions": "context",
     "embed": "fsdp",
     "heads": "tensor",
     "mlp": "tensor",
@@ -55,14 +56,20 @@ def partition_spec(*logical: str | None) -> PartitionSpec:
     return PartitionSpec(*mesh_axes)
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = None) -> Mesh:
+def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
+    """`x`, laid out on the mesh in context by its logical axes; as it is where there is no mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, partition_spec(*logical))
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, context: int = 1, devices: Any = None) -> Mesh:
     """A mesh of all devices (or `devices`). One size may be -1: what the others leave.
 
     Raises:
       ValueError: if the sizes do not multiply to the device count.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    sizes = {"data": data, "fsdp": fsdp, "context": context, "tensor": tensor}
     free = [name for name, size in sizes.items() if size == -1]
     rest = math.prod(size for size in sizes.values() if size != -1)
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):

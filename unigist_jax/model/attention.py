@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import GistKV, gist_attention
 from pallas_kernels.blocked import causal_attention
-from unigist_jax.layout import GistLayout
+from unigist_jax.context import AXIS, Placement, all_gists, raws_before
+from unigist_jax.layout import GistLayout, split_segment
 from unigist_jax.model.config import LlamaConfig
 from unigist_jax.sharding import partition_spec
 
@@ -52,6 +53,7 @@ def rotate(
 
 _ROWS = partition_spec("batch", None)
 _HEADS = partition_spec("batch", None, "heads", None)
+_PLACED_HEADS = partition_spec("batch", "positions", "heads", None)
 _SINK_HEADS = partition_spec(None, "heads", None)
 _SHARED_HEADS = partition_spec(None, None, "heads", None)
 
@@ -85,6 +87,52 @@ def segment_attention(
     specs = _HEADS, GistKV(_SINK_HEADS, _SINK_HEADS, *[_HEADS] * 4), scalar, scalar, _ROWS
     units = jnp.asarray(first_unit, jnp.int32), jnp.asarray(first_raw_unit, jnp.int32)
     return _on_each_device(attend, specs, _HEADS, q, kv, *units, doc_start)
+
+
+def placed_attention(
+    q: Float[Array, "B P Hq D"],
+    k: Float[Array, "B P Hkv D"],
+    v: Float[Array, "B P Hkv D"],
+    sinks: tuple[Float[Array, "s Hkv D"], Float[Array, "s Hkv D"]],
+    layout: GistLayout,
+    placement: Placement,
+    doc_start: Int[Array, "B U"],
+    backend: str | None = None,
+) -> Float[Array, "B P Hq D"]:
+    """`gist_attention` of whole rows in placed order, on each device's rows, heads and pieces (context.py)."""
+    pieces = 1 if placement.devices == 1 else 2  # of a device
+    k_units = layout.window_units
+    halo = k_units * layout.ratio
+
+    def attend(q, k, v, sink_k, sink_v, doc_start):
+        (raw_k, gist_k), (raw_v, gist_v) = (
+            zip(*(split_segment(piece, layout, axis=1) for piece in jnp.split(x, pieces, axis=1)), strict=True)
+            for x in (k, v)
+        )
+        gists = [jnp.concatenate(x, axis=1) for x in (gist_k, gist_v)]
+        first_pieces = [0]
+        if placement.devices > 1:
+            gists = [all_gists(x, placement) for x in gists]
+            device = jax.lax.axis_index(AXIS)
+            first_pieces = [device, placement.pieces - 1 - device]
+            if halo:
+                raw_k, raw_v = (
+                    [jnp.concatenate(pair, axis=1) for pair in zip(before, raws, strict=True)]
+                    for raws in (raw_k, raw_v)
+                    for before in [raws_before(tuple(x[:, -halo:] for x in raws), placement.devices)]
+                )
+        units = gist_k[0].shape[1]
+        out = []
+        for index, piece in enumerate(first_pieces):
+            kv = GistKV(sink_k, sink_v, *gists, raw_k[index], raw_v[index])
+            first = jnp.asarray(piece * units, jnp.int32)
+            first_raw = first - (k_units if placement.devices > 1 else 0)
+            queries = jnp.split(q, pieces, axis=1)[index]
+            out.append(gist_attention(queries, kv, layout, first, first_raw, doc_start, backend=backend))
+        return jnp.concatenate(out, axis=1)
+
+    specs = _PLACED_HEADS, _PLACED_HEADS, _PLACED_HEADS, _SINK_HEADS, _SINK_HEADS, _ROWS
+    return _on_each_device(attend, specs, _PLACED_HEADS, q, k, v, *sinks, doc_start)
 
 
 def full_attention(

@@ -24,12 +24,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import GistKV
+from unigist_jax.context import ONE_DEVICE, Placement
 from unigist_jax.layout import GistLayout, assemble_segment, segment_positions, sink_positions, split_segment
-from unigist_jax.model.attention import full_attention, segment_attention, sink_attention
+from unigist_jax.model.attention import full_attention, placed_attention, sink_attention
 from unigist_jax.model.config import LlamaConfig
 from unigist_jax.model.gist_init import initial_embeddings
 from unigist_jax.model.layers import DecoderLayer, RMSNorm, rotary
+from unigist_jax.sharding import constrain
 
 _REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -83,6 +84,7 @@ class Llama(nnx.Module):
         *,
         attention: Literal["gist", "full"] | None = None,
         layout: GistLayout | None = None,
+        placement: Placement = ONE_DEVICE,
     ) -> Float[Array, "B T E"]:
         """Final hidden states of the raws, before the last norm, in one pass.
 
@@ -91,42 +93,53 @@ class Llama(nnx.Module):
           doc_start: first unit of each unit's document, for packed rows; None for one document a row.
           attention: "gist" or "full" in place of the config's.
           layout: another ratio or window than the model's own (the sinks must be the same).
+          placement: of the rows on the mesh's context axis; `tokens` and the result are in placed order, `doc_start`
+            is not.
 
         Raises:
-          ValueError: if T is not a multiple of the ratio.
+          ValueError: if T is not a multiple of the ratio, or does not cut into the placement's pieces.
         """
         layout = self.checked_layout(layout)
         units = layout.num_units(tokens.shape[1])
         if doc_start is None:
             doc_start = jnp.zeros((tokens.shape[0], units), jnp.int32)
         if (attention or self.config.attention) == "full":
+            if placement.devices > 1:
+                raise ValueError(
+                    f"full attention has no context parallelism (context={placement.devices}); use fsdp or tensor"
+                )
             return self._full_pass(tokens, doc_start, layout)
-        return self._gist_pass(tokens, doc_start, layout, units)
+        return self._gist_pass(tokens, doc_start, layout, placement)
 
-    def _gist_pass(self, tokens, doc_start, layout, units):
-        angles = rotary(self.config, segment_positions(layout, units, 0, doc_start))
-        num_raws = tokens.shape[1]
+    def _gist_pass(self, tokens, doc_start, layout, placement):
+        units, batch = placement.piece_units(layout, tokens.shape[1]), tokens.shape[0]
+        starts = placement.place(doc_start).reshape(batch, placement.pieces, units)
+        positions = segment_positions(layout, units, placement.order * units, starts)
+        angles = rotary(self.config, positions.reshape(batch, -1))
 
         def body(streams, layer):
             x, sinks = streams
-            sinks, (sink_k, sink_v) = self.sink_layer(layer, sinks)
+            sinks, sink_kv = self.sink_layer(layer, sinks)
 
             def attend(q, k, v):
-                kv = GistKV(sink_k, sink_v, k[:, num_raws:], v[:, num_raws:], k[:, :num_raws], v[:, :num_raws])
-                return segment_attention(q, kv, layout, 0, 0, doc_start, self.config.attention_backend), None
+                backend = self.config.attention_backend
+                return placed_attention(q, k, v, sink_kv, layout, placement, doc_start, backend), None
 
-            x, _ = layer(x, angles, attend)
+            x, _ = layer(constrain(x, "batch", "positions", None), angles, attend)
             return (x, sinks), None
 
-        streams = self.embed_segment(tokens, layout), self.embed_sinks()
+        pieces = self.embed_segment(tokens.reshape(batch * placement.pieces, -1), layout)
+        streams = pieces.reshape(batch, -1, pieces.shape[-1]), self.embed_sinks()
         (x, _), _ = jax.lax.scan(self._remat(body), streams, self.layers)
-        return split_segment(x, layout, axis=1)[0]
+        raws, _ = split_segment(x.reshape(pieces.shape), layout, axis=1)
+        return raws.reshape(batch, -1, x.shape[-1])
 
     def _full_pass(self, tokens, doc_start, layout):
         begin = jnp.repeat(doc_start * layout.ratio, layout.ratio, axis=1)
         angles = rotary(self.config, jnp.arange(tokens.shape[1]) - begin)
 
         def body(x, layer):
+            x = constrain(x, "batch", None, None)
             return layer(x, angles, lambda q, k, v: (full_attention(q, k, v, begin), None))
 
         return jax.lax.scan(self._remat(body), self.embed(tokens), self.layers)[0]

@@ -60,7 +60,7 @@ def train(
     """
     workdir = Path(workdir)
     is_first = jax.process_index() == 0
-    mesh = make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
+    mesh = make_mesh(**dataclasses.asdict(run.mesh))
     tokenizer = _first_process_then_all(lambda: run_tokenizer(workdir, run.data))
     run = run.with_vocab_size(tokenizer.vocab_size)
     dataclasses.replace(run, mesh=MeshConfig(**mesh.shape))  # checks the sizes against the mesh that there is
