@@ -158,10 +158,11 @@ class Llama(nnx.Module):
         return layout or self.layout
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
-        return self.embedding[...][tokens].astype(self.config.dtype)
+        # rows of the table are looked up where they are wanted: the hidden axis is gathered first, as any weight's is
+        return constrain(self.embedding[...], "vocab", None)[tokens].astype(self.config.dtype)
 
     def embed_gists(self, batch: int, units: int) -> Float[Array, "B U E"]:
-        gist = self.gist_embedding[...].astype(self.config.dtype)
+        gist = constrain(self.gist_embedding[...], None).astype(self.config.dtype)
         return jnp.broadcast_to(gist, (batch, units, self.config.hidden_size))
 
     def embed_segment(self, tokens: Int[Array, "B T"], layout: GistLayout) -> Float[Array, "B P E"]:
