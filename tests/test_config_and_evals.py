@@ -15,7 +15,7 @@ from unigist_jax.evals.perplexity import border_jump, bucketed, long_documents, 
 from unigist_jax.evals.recall import evaluate_recall, make_records, summarize
 from unigist_jax.layout import GistLayout
 from unigist_jax.model import LlamaConfig, RopeScaling, init_llama
-from unigist_jax.sharding import PARAMETER_AXES, make_mesh, partition_spec
+from unigist_jax.sharding import MESH_AXES, PARAMETER_AXES, make_mesh, partition_spec
 
 CONFIGS = sorted(path.stem for path in (Path(__file__).parent.parent / "configs").glob("[!_]*.py"))
 
@@ -74,6 +74,11 @@ def test_a_backend_can_be_set_where_none_is():
         ({"mesh__tensor": 2, "model__vocab_size": 321}, "mesh.tensor=2 does not divide model.vocab_size=321"),
         ({"mesh__fsdp": 3, "train__batch_size": 9}, "mesh.fsdp=3 does not divide model.hidden_size=128"),
         ({"model__attention_backend": "flash"}, "'flash'; choose one of.*'blocked'"),
+        ({"mesh__context": 2, "model__attention": "full"}, "mesh.context=2 needs model.attention='gist', not 'full'"),
+        (
+            {"mesh__context": 4, "data__row_length": 256},
+            "mesh.context=4: .* pieces of 8 units.*the window's 32",
+        ),
         ({"model__dtype": "int8"}, "dtype='int8' is unknown; choose one of.*float32"),
         ({"model__num_heads": 3}, "num_heads=3 is not a multiple of num_kv_heads=2"),
     ],
@@ -114,10 +119,16 @@ def test_differences_name_every_changed_field():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "shape"), [({}, (8, 1, 1)), ({"tensor": 2}, (4, 1, 2)), ({"data": 2, "fsdp": -1, "tensor": 2}, (2, 2, 2))]
+    ("sizes", "shape"),
+    [
+        ({}, (8, 1, 1, 1)),
+        ({"tensor": 2}, (4, 1, 1, 2)),
+        ({"data": 2, "fsdp": -1, "tensor": 2}, (2, 2, 1, 2)),
+        ({"data": 1, "context": -1}, (1, 1, 8, 1)),
+    ],
 )
 def test_a_mesh_takes_all_devices(sizes, shape):
-    assert make_mesh(**sizes).devices.shape == shape
+    assert tuple(make_mesh(**sizes).shape.items()) == tuple(zip(MESH_AXES, shape, strict=True))
 
 
 @pytest.mark.parametrize(
