@@ -28,6 +28,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 _TARGET: contextvars.ContextVar[Any] = contextvars.ContextVar("target_device", default=None)
 
@@ -73,6 +74,19 @@ BACKENDS = {
     "blocked": Backend("pallas_kernels.blocked", _runs_anywhere),
     "reference": Backend("pallas_kernels.reference", _runs_anywhere),
 }
+
+
+def refusal_of(q, kv, layout, dtypes: tuple, head_dims: tuple, ratios: tuple | None = None) -> str | None:
+    """Why kernels that take these dtypes (all arrays of one), head dims and ratios (None: any) refuse; None if not."""
+    found = {jnp.dtype(x.dtype) for x in (q, *kv)}
+    if len(found) > 1 or not found <= {jnp.dtype(x) for x in dtypes}:
+        allowed = " or all in ".join(jnp.dtype(x).name for x in dtypes)
+        return f"takes q and kv all in {allowed}, got {', '.join(sorted(x.name for x in found))}"
+    if q.shape[-1] not in head_dims:
+        return f"takes head dims {head_dims}, got {q.shape[-1]}"
+    if ratios is not None and layout.ratio not in ratios:
+        return f"takes ratios {ratios}, got {layout.ratio}"
+    return None
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.backends import refusal_of
 from pallas_kernels.hopper.backward import gist_attention_backward
 from pallas_kernels.hopper.blocks import BackwardBlocks, ForwardBlocks, backward_blocks, forward_blocks
 from pallas_kernels.hopper.forward import gist_attention_forward
@@ -26,15 +27,7 @@ RATIOS = (2, 4, 8, 16, 32)
 
 def refusal(q, kv, layout: GistLayout) -> str | None:
     """Why the Hopper kernels do not take these arguments; None if they do."""
-    dtypes = {jnp.dtype(x.dtype) for x in (q, *kv)}
-    if len(dtypes) > 1 or not dtypes <= {jnp.dtype(x) for x in DTYPES}:
-        names = ", ".join(sorted(x.name for x in dtypes))
-        return f"takes q and kv all in bfloat16 or all in float16, got {names}"
-    if q.shape[-1] not in HEAD_DIMS:
-        return f"takes head dims {HEAD_DIMS}, got {q.shape[-1]}"
-    if layout.ratio not in RATIOS:
-        return f"takes ratios {RATIOS}, got {layout.ratio}"
-    return None
+    return refusal_of(q, kv, layout, DTYPES, HEAD_DIMS, RATIOS)
 
 
 def attend(

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from pallas_kernels.backends import refusal_of
 from pallas_kernels.tpu.backward import key_gradients, query_gradient
 from pallas_kernels.tpu.blocks import Blocks, blocks_for
 from pallas_kernels.tpu.forward import gist_attention_forward
@@ -27,15 +28,7 @@ RATIOS = (2, 4, 8, 16, 32)
 
 def refusal(q, kv, layout: GistLayout) -> str | None:
     """Why the TPU kernels do not take these arguments; None if they do."""
-    dtypes = {jnp.dtype(x.dtype) for x in (q, *kv)}
-    if len(dtypes) > 1 or not dtypes <= {jnp.dtype(x) for x in DTYPES}:
-        names = ", ".join(sorted(x.name for x in dtypes))
-        return f"takes q and kv all in bfloat16 or all in float32, got {names}"
-    if q.shape[-1] not in HEAD_DIMS:
-        return f"takes head dims {HEAD_DIMS}, got {q.shape[-1]}"
-    if layout.ratio not in RATIOS:
-        return f"takes ratios {RATIOS}, got {layout.ratio}"
-    return None
+    return refusal_of(q, kv, layout, DTYPES, HEAD_DIMS, RATIOS)
 
 
 def attend(

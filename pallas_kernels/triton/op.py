@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.backends import refusal_of
 from pallas_kernels.triton import backward_kernel, forward_kernel
 from pallas_kernels.triton.blocks import Blocks, KernelBlocks, kernel_blocks
 from pallas_kernels.triton.call import capability, launch
@@ -28,13 +29,7 @@ SINKS, GISTS, RAWS = 0, 1, 2
 
 def refusal(q, kv, layout: GistLayout) -> str | None:
     """Why the Triton kernels do not take these arguments; None if they do."""
-    dtypes = {jnp.dtype(x.dtype) for x in (q, *kv)}
-    if len(dtypes) > 1 or not dtypes <= {jnp.dtype(x) for x in DTYPES}:
-        names = ", ".join(sorted(x.name for x in dtypes))
-        return f"takes q and kv all in bfloat16 or all in float16, got {names}"
-    if q.shape[-1] not in HEAD_DIMS:
-        return f"takes head dims {HEAD_DIMS}, got {q.shape[-1]}"
-    return None
+    return refusal_of(q, kv, layout, DTYPES, HEAD_DIMS)
 
 
 def attend(
