@@ -232,6 +232,15 @@ def test_refusals_name_the_value(dtype, dim, ratio, said):
     assert said in tpu.decode_refusal(q, kv, layout)
 
 
+def test_refuses_more_tiles_than_scalar_memory_lists():
+    layout, units = GistLayout(4, 0, 0), 2**21
+    q = jax.ShapeDtypeStruct((8, 5 * units, 4, 64), jnp.bfloat16)
+    shapes = ((0,), (8, units), (8, 4 * units))
+    kv = GistKV(*(jax.ShapeDtypeStruct((*n, 1, 64), jnp.bfloat16) for n in shapes for _ in (0, 1)))
+    assert "query tiles" in tpu.refusal(q, kv, layout)
+    assert tpu.refusal(jax.ShapeDtypeStruct((1, 5 * 2**15, 4, 64), jnp.bfloat16), kv, layout) is None
+
+
 def test_without_a_tpu_it_is_refused_by_name():
     layout = GistLayout(4, 8, 0)
     q, kv, _ = random_inputs(np.random.default_rng(0), layout, 2, 2, 8, 1, 2, 1, 64, jnp.float32)

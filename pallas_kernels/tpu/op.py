@@ -18,17 +18,25 @@ from pallas_kernels.backends import refusal_of
 from pallas_kernels.tpu.backward import key_gradients, query_gradient
 from pallas_kernels.tpu.blocks import Blocks, blocks_for
 from pallas_kernels.tpu.forward import gist_attention_forward
-from pallas_kernels.tpu.plan import column_intervals, cut, key_table, query_table, row_intervals
+from pallas_kernels.tpu.plan import LINE, column_intervals, cut, key_table, query_table, row_intervals
 from unigist_jax.layout import GistLayout, UnitStarts
 
 DTYPES = (jnp.bfloat16, jnp.float32)
 HEAD_DIMS = (64, 128)
 RATIOS = (2, 4, 8, 16, 32)
+TABLE_BYTES = 2**20 - 2**14  # of scalar memory, which holds the table of key tiles while a kernel runs
 
 
 def refusal(q, kv, layout: GistLayout) -> str | None:
     """Why the TPU kernels do not take these arguments; None if they do."""
-    return refusal_of(q, kv, layout, DTYPES, HEAD_DIMS, RATIOS)
+    reason = refusal_of(q, kv, layout, DTYPES, HEAD_DIMS, RATIOS)
+    if reason or 0 in q.shape:
+        return reason
+    segment, _ = cut(q.shape, kv, layout, blocks_for(q.shape[-1], layout.ratio, kv.gist_k.shape[1] * layout.ratio))
+    lines, most = q.shape[0] * segment.tiles, TABLE_BYTES // (4 * LINE)  # as many as documents in each sequence need
+    if lines > most:
+        return f"takes up to {most} query tiles (batch times tiles of a sequence), got {q.shape[0]} x {segment.tiles}"
+    return None
 
 
 def attend(
