@@ -48,7 +48,7 @@ def loss_and_gradients(layout, arrays, mesh, chunk=5):
     [
         (GistLayout(2, 3, 6), 24, {"context": 4}),  # a piece is exactly the window
         (GistLayout(4, 2, 8), 40, {"context": 2, "tensor": 2}),
-        (GistLayout(2, 0, 0), 8, {"context": 4, "fsdp": 2}),  # pieces of one unit, nothing passed on
+        (GistLayout(2, 1, 0), 8, {"context": 4, "fsdp": 2}),  # pieces of one unit, nothing passed on
         (GistLayout(2, 1, 4), 48, {"context": 8}),
     ],
     ids=["4 devices", "2 by tensor", "no window", "8 devices"],
