@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -88,9 +89,12 @@ class LocalExecutor:
         """Runs all of them. Raises KeyboardInterrupt after Ctrl-C or SIGTERM, when every run has ended."""
         waiting = deque(names)
         drawn = 0.0
-        before = signal.signal(signal.SIGTERM, _interrupt)
+        told = threading.Event()  # looked at between steps: an exception from a handler could be lost in a callback
+        before = {number: signal.signal(number, lambda *_: told.set()) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             while waiting or self._children:
+                if told.is_set():
+                    raise KeyboardInterrupt
                 while waiting and self._free:
                     self._start(waiting.popleft())
                 if time.monotonic() - drawn > _REDRAW_SECONDS:
@@ -99,10 +103,12 @@ class LocalExecutor:
                 time.sleep(_POLL_SECONDS)
                 waiting.extend(self._reap())
         except BaseException:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C is not to wait
             self._end_all()
             raise
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _start(self, name: str) -> None:
         slot = self._free.pop(0)
@@ -166,7 +172,3 @@ class LocalExecutor:
     def _move(self, name: str, state: str, note: str = "") -> None:
         self._records[name] = self._records[name].moved(state, note, job="")
         self._directory.write(self._records)
-
-
-def _interrupt(*_) -> None:
-    raise KeyboardInterrupt
