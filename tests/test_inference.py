@@ -11,6 +11,7 @@ from unigist_jax.baselines import full_attention
 from unigist_jax.inference import (
     GistCache,
     Sampling,
+    append,
     decode_step,
     full_cache_bytes,
     generate,
@@ -187,6 +188,41 @@ def test_generate_streams_stops_and_repeats_by_seed():
     assert ended.stopped[0] and ended.tokens[0] == first.tokens[0][: first.tokens[0].index(stop)]
 
 
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_questions_behind_one_context_are_one_pass(method):
+    """A context is read once; ragged questions, an answer, and a second round of questions read on from its cache."""
+    layout = LAYOUTS[0]
+    tokens, _ = one_pass(layout, 5)
+    model, chosen, text = model_of(layout), METHODS[method], tokens.tolist()
+    context, questions = text[:9], [text[9:10], text[10:17], text[3:6]]
+    _, cache = chosen.prefill(model, [context], capacity=64, chunk_size=4)
+    logits, asked = append(chosen, model, cache.select([0, 0, 0]), questions)
+    for question, got in zip(questions, logits, strict=True):
+        assert_same(got, chosen.prefill(model, [context + question], capacity=64)[0][0])
+    np.testing.assert_array_equal(asked.length, [9 + len(q) for q in questions])
+    logits, asked = append(chosen, model, asked.select([2, 0]), [text[:5], text[:2]])
+    for said, got in zip((questions[2] + text[:5], questions[0] + text[:2]), logits, strict=True):
+        assert_same(got, chosen.prefill(model, [context + said], capacity=64)[0][0])
+    answers = generate(model, questions, max_new_tokens=6, cache=cache, method=method).tokens
+    for question, answer in zip(questions, answers, strict=True):
+        assert answer == generate(model, [context + question], max_new_tokens=6, method=method).tokens[0]
+
+
+def test_a_sequence_that_has_stopped_is_frozen():
+    """Its cache goes on as if the others had never decoded beside it."""
+    layout = LAYOUTS[0]
+    tokens, _ = one_pass(layout, 5)
+    model, prompts, chosen = model_of(layout), [tokens[:3].tolist(), tokens[:8].tolist()], METHODS["unigist"]
+    free = generate(model, prompts, max_new_tokens=12).tokens
+    stop = next(token for token in free[0][1:] if token not in free[1])
+    ended = generate(model, prompts, max_new_tokens=12, stop_tokens=[stop])
+    said = free[0][: free[0].index(stop)]
+    assert ended.stopped == [True, False] and ended.tokens == [said, free[1]]
+    assert ended.cache.length[0] == 3 + len(said)
+    logits, _ = append(chosen, model, ended.cache.select([0]), [[5, 6]])
+    assert_same(logits[0], chosen.prefill(model, [prompts[0] + said + [5, 6]])[0][0])
+
+
 def test_sampling_keeps_what_it_should():
     logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
 
@@ -237,6 +273,15 @@ def test_bad_input_is_named():
         prefill(model, [[1]], layout=GistLayout(4, 4, 8))
     with pytest.raises(ValueError, match=r"max_new_tokens=0"):
         generate(model, [[1]], max_new_tokens=0)
+    _, cache = prefill(model, [[1, 2], [3]], capacity=8)
+    with pytest.raises(ValueError, match=r"1 token lists for a cache of 2 sequences.*cache.select\(rows\)"):
+        append(METHODS["unigist"], model, cache, [[1]])
+    with pytest.raises(ValueError, match=r"sequence 0 would hold 9 tokens.*room for 8.*larger capacity"):
+        append(METHODS["unigist"], model, cache, [[1] * 7, [1]])
+    with pytest.raises(ValueError, match=r"rows \[2\] of a batch of 2 sequences; give at least one of 0 … 1"):
+        cache.select([2])
+    with pytest.raises(ValueError, match=r"3 prompts continue a cache of 2 sequences"):
+        generate(model, [[1]] * 3, max_new_tokens=1, cache=cache)
     for field, bad in (("temperature", -1.0), ("top_k", -1), ("top_p", 0.0)):
         with pytest.raises(ValueError, match=f"{field}={bad}"):
             Sampling(**{field: bad})

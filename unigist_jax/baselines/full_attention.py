@@ -19,6 +19,7 @@ from unigist_jax.model import Llama
 from unigist_jax.model.attention import full_attention
 from unigist_jax.model.layers import rotary
 from unigist_jax.prompts import check_prompts, pad_prompts
+from unigist_jax.rows import select_rows
 
 
 @jax.tree_util.register_dataclass
@@ -36,6 +37,10 @@ class FullCache:
     @property
     def nbytes(self) -> int:
         return sum(x.nbytes for x in jax.tree.leaves(self.layers))
+
+    def select(self, rows: Sequence[int]) -> FullCache:
+        """A copy that holds these sequences, in this order; repeats are allowed."""
+        return FullCache(*select_rows((self.layers, self.length), rows))
 
 
 def prefill(

@@ -1,5 +1,6 @@
 """Inference with a compressed cache: chunked prefill, evicting decode, generation."""
 
+from unigist_jax.inference.append import append
 from unigist_jax.inference.cache import GistCache, full_cache_bytes, gist_cache_bytes
 from unigist_jax.inference.decode import decode_step
 from unigist_jax.inference.generate import Generated, generate
@@ -10,6 +11,7 @@ __all__ = [
     "Generated",
     "GistCache",
     "Sampling",
+    "append",
     "decode_step",
     "full_cache_bytes",
     "generate",

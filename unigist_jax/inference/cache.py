@@ -16,6 +16,7 @@ Nothing else is kept: every r tokens cost one gist, and a raw that leaves the wi
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -26,6 +27,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels import GistKV
 from unigist_jax.layout import GistLayout
 from unigist_jax.model import Llama, LlamaConfig
+from unigist_jax.rows import select_rows
 
 
 class LayerKV(NamedTuple):
@@ -80,6 +82,12 @@ class GistCache:
     def nbytes(self) -> int:
         """Bytes of all keys and values, as allocated."""
         return sum(x.nbytes for x in jax.tree.leaves((self.sink_k, self.sink_v, self.layers)))
+
+    def select(self, rows: Sequence[int]) -> GistCache:
+        """A copy that holds these sequences, in this order; repeats are allowed: many questions on one context."""
+        layers, length = select_rows((self.layers, self.length), rows)
+        sinks = jnp.copy(self.sink_k), jnp.copy(self.sink_v)  # either cache may be donated
+        return GistCache(*sinks, layers, length, self.layout)
 
     def layer_kv(self, index: int) -> GistKV:
         """Everything that layer `index` attends to."""

@@ -1,24 +1,35 @@
-"""Generation: prefill, then one compiled step a token, with a streaming callback and stop tokens.
+"""Generation: prompts are read, or questions behind a filled cache, then one compiled loop decodes and samples.
 
 Axis legend
-  B  batch      V  vocabulary
+  B  batch      N  slots of a block of steps      S  stop tokens      V  vocabulary
+
+One `while_loop` on the device takes up to N steps and ends early once every sequence has. A sequence that has drawn a
+stop token is frozen (`append.py`), so a ragged batch keeps its static shapes. Tokens reach the host once a block: all
+of them at the end, or every `STREAM_STEPS` where a callback wants to see them as they come.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int32, Key
 
 from unigist_jax.baselines.full_attention import FullCache
+from unigist_jax.inference.append import append, check_room, keep_length
 from unigist_jax.inference.cache import GistCache
 from unigist_jax.inference.methods import Method, get_method
 from unigist_jax.inference.sampling import Sampling, sample
 from unigist_jax.layout import GistLayout
 from unigist_jax.model import Llama
+from unigist_jax.prompts import check_prompts
+
+STREAM_STEPS = 8
+_NOTHING = -1  # in place of a token of a sequence that has ended
 
 
 class Generated(NamedTuple):
@@ -27,12 +38,12 @@ class Generated(NamedTuple):
     Attributes:
       tokens: generated tokens of each sequence, without its prompt and without the stop token.
       stopped: whether each sequence ended at a stop token (else at `max_new_tokens`).
-      cache: the cache after the last step.
+      cache: the cache after the last step. It holds a stopped sequence whole, of any other all but the last token.
     """
 
     tokens: list[list[int]]
     stopped: list[bool]
-    cache: GistCache | FullCache
+    cache: GistCache | FullCache | Any
 
 
 def generate(
@@ -47,6 +58,7 @@ def generate(
     capacity: int | None = None,
     layout: GistLayout | None = None,
     method: str | None = None,
+    cache: GistCache | FullCache | Any | None = None,
     on_token: Callable[[int, int], None] | None = None,
 ) -> Generated:
     """Continues prompts of any lengths, each from its own compressed cache.
@@ -61,7 +73,9 @@ def generate(
       chunk_size, layout: as for `prefill`.
       capacity: raws a sequence may hold, prompt and generated; None: what this call needs.
       method: "unigist" or a baseline's name (`unigist_jax.inference.methods`); None: by the model's `attention`.
-      on_token: called as `on_token(sequence, token)` for every token as it comes.
+      cache: what the prompts continue: prompt i the sequence i, or all of them the only one. Donated, unless it is one
+        sequence for several prompts. Grown where it is too short; `chunk_size`, `capacity` and `layout` are its own.
+      on_token: called as `on_token(sequence, token)` for every token, some steps at a time.
 
     Raises:
       ValueError: for a bad prompt, chunk size or method, or if prompt and new tokens exceed the capacity; before any
@@ -70,39 +84,105 @@ def generate(
     chosen = get_method(method, model)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    longest = max((len(prompt) for prompt in prompts), default=0)
-    needed = longest + max_new_tokens
-    if capacity is not None and needed > capacity:
+    lengths = check_prompts(prompts, model.config.vocab_size, None)
+    if cache is None:
+        longest = int(lengths.max())
+        needed = longest + max_new_tokens
+        if capacity is not None and needed > capacity:
+            raise ValueError(
+                f"a prompt of {longest} tokens and {max_new_tokens} new ones need a cache for {needed}, but capacity "
+                f"is {capacity}; raise the capacity or shorten the prompt"
+            )
+        capacity = capacity or needed
+        logits, cache = chosen.prefill(model, prompts, capacity=capacity, chunk_size=chunk_size, layout=layout)
+    else:
+        cache = _with_room(cache, lengths, max_new_tokens)
+        logits, cache = append(chosen, model, cache, prompts)
+    return _decode(model, chosen, logits, cache, max_new_tokens, sampling, stop_tokens, seed, on_token)
+
+
+def _with_room(cache, lengths: np.ndarray, max_new_tokens: int):
+    """The cache with a sequence for each prompt, and room for it and the new tokens."""
+    if len(lengths) > 1 and len(cache.length) == 1:
+        cache = cache.select([0] * len(lengths))
+    if len(lengths) != len(cache.length):
         raise ValueError(
-            f"a prompt of {longest} tokens and {max_new_tokens} new ones need a cache for {needed}, but capacity is "
-            f"{capacity}; raise the capacity or shorten the prompt"
+            f"{len(lengths)} prompts continue a cache of {len(cache.length)} sequences; give one prompt for each, or a "
+            "cache of one sequence (`cache.select`)"
         )
-    logits, cache = chosen.prefill(model, prompts, capacity=capacity or needed, chunk_size=chunk_size, layout=layout)
+    needed = np.asarray(cache.length) + lengths + max_new_tokens
+    if needed.max() > cache.capacity and hasattr(cache, "grow"):
+        cache = cache.grow(int(needed.max()))
+    check_room(needed, cache.capacity)
+    return cache
+
+
+class _State(NamedTuple):
+    """Between two steps: the newest token of each sequence is drawn, but not yet in the cache."""
+
+    tokens: Int32[Array, " B"]
+    ended: Bool[Array, " B"]
+    cache: Any
+
+
+def _decode(model, method, logits, cache, max_new_tokens, sampling, stop_tokens, seed, on_token) -> Generated:
+    stops = np.array(sorted(stop_tokens), np.int32)
     key = jax.random.key(seed)
-    tokens = _sample(logits, sampling, jax.random.fold_in(key, 0))
-    stop_tokens = frozenset(stop_tokens)
-    outputs: list[list[int]] = [[] for _ in prompts]
-    stopped = [False] * len(prompts)
-    for step in range(1, max_new_tokens + 1):
-        for sequence, token in enumerate(np.asarray(tokens).tolist()):
-            if stopped[sequence]:
-                continue
-            if token in stop_tokens:
-                stopped[sequence] = True
-                continue
-            outputs[sequence].append(token)
-            if on_token is not None:
-                on_token(sequence, token)
-        if all(stopped) or step == max_new_tokens:
-            break
-        tokens, cache = _step(model, cache, tokens, jax.random.fold_in(key, step), sampling, chosen)
-    return Generated(outputs, stopped, cache)
+    tokens, ended = _first(logits, key, stops, sampling)
+    outputs: list[list[int]] = [[] for _ in range(logits.shape[0])]
+
+    def take(block: np.ndarray) -> None:
+        for column in block.T.tolist():
+            for sequence, token in enumerate(column):
+                if token != _NOTHING:
+                    outputs[sequence].append(token)
+                    if on_token is not None:
+                        on_token(sequence, token)
+
+    take(np.where(ended, _NOTHING, tokens)[:, None])
+    state, step = _State(tokens, ended, cache), 1
+    slots = STREAM_STEPS if on_token is not None else 1 << (max_new_tokens - 1).bit_length()
+    while step < max_new_tokens and not np.all(state.ended):
+        stop = min(step + slots, max_new_tokens)
+        block, state = _steps(model, state, key, jnp.int32(step), jnp.int32(stop), stops, sampling, method, slots)
+        take(np.asarray(block))
+        step = stop
+    return Generated(outputs, np.asarray(state.ended).tolist(), state.cache)
 
 
-_sample = jax.jit(sample, static_argnames=("sampling",))
+@partial(jax.jit, static_argnames=("sampling",))
+def _first(logits: Float[Array, "B V"], key: Key[Array, ""], stops: Int32[Array, " S"], sampling: Sampling):
+    tokens = sample(logits, sampling, jax.random.fold_in(key, 0))
+    return tokens, jnp.isin(tokens, stops)
 
 
-@partial(jax.jit, static_argnames=("sampling", "method"), donate_argnames=("cache",))
-def _step(model: Llama, cache: GistCache | FullCache, tokens, key, sampling: Sampling, method: Method):
-    logits, cache = method.decode_logits(model, cache, tokens)
-    return sample(logits, sampling, key), cache
+@partial(jax.jit, static_argnames=("sampling", "method", "slots"), donate_argnames=("state",))
+def _steps(
+    model: Llama,
+    state: _State,
+    key: Key[Array, ""],
+    first: Int32[Array, ""],
+    stop: Int32[Array, ""],
+    stops: Int32[Array, " S"],
+    sampling: Sampling,
+    method: Method,
+    slots: int,
+) -> tuple[Int32[Array, "B N"], _State]:
+    """Decoding steps `first … stop - 1`, at most `slots`: the tokens drawn, and what comes after."""
+
+    def unfinished(carry):
+        step, _, state = carry
+        return (step < stop) & ~jnp.all(state.ended)
+
+    def one(carry):
+        step, block, state = carry
+        logits, cache = method.decode_logits(model, state.cache, state.tokens)
+        cache = keep_length(cache, state.cache, ~state.ended)
+        tokens = sample(logits, sampling, jax.random.fold_in(key, step))
+        ended = state.ended | jnp.isin(tokens, stops)
+        block = block.at[:, step - first].set(jnp.where(ended, _NOTHING, tokens))
+        return step + 1, block, _State(tokens, ended, cache)
+
+    block = jnp.full((state.tokens.shape[0], slots), _NOTHING, jnp.int32)
+    _, block, state = jax.lax.while_loop(unfinished, one, (first, block, state))
+    return block, state
