@@ -12,6 +12,7 @@ these are found by themselves; on a TPU pod slice --distributed finds them.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 
@@ -23,15 +24,22 @@ from launch.flags import run_main
 from unigist_jax.config import RunConfig
 from unigist_jax.training.loop import train
 from unigist_jax.training.preemption import REQUEUE_EXIT_CODE, Preempted
+from unigist_jax.training.report import Watch
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config()", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run: config, tokenizer, metrics, checkpoints")
 _INIT_FROM = flags.DEFINE_string("init_from", None, "HF Llama checkpoint directory to begin with (default: random)")
+_TEACHER_FROM = flags.DEFINE_string(
+    "teacher_from", None, "HF Llama checkpoint directory of the teacher, for train.distill_weight (default: init_from)"
+)
 _STOP_AT_STEP = flags.DEFINE_integer(
     "stop_at_step", None, "save and end after this step, to go on later", lower_bound=1
 )
 _TENSORBOARD = flags.DEFINE_bool("tensorboard", True, "write TensorBoard events too, if tensorboardX is installed")
 _PROGRESS = flags.DEFINE_bool("progress", True, "show a progress bar")
+_WANDB = flags.DEFINE_string("wandb", None, "project of Weights & Biases to log to as well")
+_PROFILE = flags.DEFINE_string("profile", None, "FIRST:LAST steps, from 0, to profile into WORKDIR/profile")
+_CACHE = flags.DEFINE_string("compilation_cache", None, "directory in which compiled programs are kept and found again")
 _COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0, for several processes")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "processes of this run", lower_bound=1)
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "number of this process, from 0", lower_bound=0)
@@ -49,10 +57,21 @@ def _all_or_none(values) -> bool:
     return len({value is None for value in values.values()}) == 1
 
 
+def _profile_steps() -> tuple[int, int] | None:
+    if _PROFILE.value is None:
+        return None
+    match = re.fullmatch(r"(\d+):(\d+)", _PROFILE.value)
+    if not match or int(match[2]) < int(match[1]):
+        raise ValueError(f"--profile={_PROFILE.value} is not FIRST:LAST, two steps counted from 0")
+    return int(match[1]), int(match[2])
+
+
 def main(_: list[str]) -> None:
     # Before the loop, which listens itself, there is nothing to save.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(REQUEUE_EXIT_CODE))
     run = RunConfig.from_dict(_CONFIG.value.to_dict())
+    if _CACHE.value:
+        jax.config.update("jax_compilation_cache_dir", _CACHE.value)
     if _COORDINATOR.value:
         jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     elif _DISTRIBUTED.value or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
@@ -64,8 +83,8 @@ def main(_: list[str]) -> None:
             _WORKDIR.value,
             init_from=_INIT_FROM.value,
             stop_at_step=_STOP_AT_STEP.value,
-            tensorboard=_TENSORBOARD.value,
-            progress=_PROGRESS.value,
+            teacher_from=_TEACHER_FROM.value,
+            watch=Watch(_PROGRESS.value, _TENSORBOARD.value, _WANDB.value, _profile_steps()),
         )
     except Preempted as preempted:
         print(preempted, file=sys.stderr)

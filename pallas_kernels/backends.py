@@ -29,6 +29,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+RESIDUALS = "attention_residuals"  # the name under which `jax.checkpoint` policies find them
 
 _TARGET: contextvars.ContextVar[Any] = contextvars.ContextVar("target_device", default=None)
 
@@ -87,6 +90,11 @@ def refusal_of(q, kv, layout, dtypes: tuple, head_dims: tuple, ratios: tuple | N
     if ratios is not None and layout.ratio not in ratios:
         return f"takes ratios {ratios}, got {layout.ratio}"
     return None
+
+
+def named_residuals(out, lse):
+    """A forward pass's output and log-sum-exp, named, so that a rematerialised layer may keep them (`RESIDUALS`)."""
+    return checkpoint_name(out, RESIDUALS), checkpoint_name(lse, RESIDUALS)
 
 
 @contextlib.contextmanager

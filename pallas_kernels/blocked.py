@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.backends import named_residuals
 from pallas_kernels.ranges import RowRanges, source_ranges, tile_runs
 from pallas_kernels.reference import decode, decode_refusal, refusal
 from unigist_jax.layout import GistLayout, UnitStarts, split_segment
@@ -135,7 +136,7 @@ def _forward(block, q, k, v, rows):
         return jnp.einsum("bhaqd->bqhad", acc / total[..., None]).astype(q.dtype), jnp.einsum("bhaq->bqha", lse)
 
     tiles = _tiles(q, block.q), jax.tree.map(lambda x: _tiles(x, block.q, axis=2), rows)
-    out, lse = (_untile(x) for x in jax.lax.map(query_tile, tiles))
+    out, lse = named_residuals(*(_untile(x) for x in jax.lax.map(query_tile, tiles)))
     return out, (q, k, v, rows, out, lse)
 
 

@@ -236,7 +236,7 @@ def test_train_leaves_a_complete_work_directory(trained):
     lines = [strict_json(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 4]
     assert strict_json((workdir / "config.json").read_text())["model"]["vocab_size"] == 320
-    assert re.search(r"step 4: held-out loss \d\.\d+, perplexity", finished.out + finished.err)
+    assert re.search(r"step 4: held-out loss \d\.\d+, held-out perplexity", finished.out + finished.err)
 
 
 def test_evaluate_writes_json_and_plots(command, trained, tmp_path):

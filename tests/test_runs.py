@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_runs import assert_same_bits, named_arrays, tiny_config, write_corpus
+from tiny_runs import assert_same_bits, named_arrays, tiny_config, without_speed, write_corpus
 
 from unigist_jax.config import RunConfig
 from unigist_jax.data import load_or_train_tokenizer
@@ -20,6 +20,7 @@ from unigist_jax.training import loop
 from unigist_jax.training.checkpoint import check_workdir, load_trained
 from unigist_jax.training.loop import train
 from unigist_jax.training.metrics import read_metrics
+from unigist_jax.training.report import Watch
 from unigist_jax.training.step import make_train_step
 
 # Orbax abandons its other reads when one of a damaged checkpoint fails, and their threads complain.
@@ -28,7 +29,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
-QUIET = {"progress": False, "tensorboard": False}
+QUIET = {"watch": Watch(progress=False, tensorboard=False)}
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +77,7 @@ def copied(uninterrupted, tmp_path):
 
 
 def timeless(workdir):
-    """The lines of metrics.jsonl without what depends on the clock."""
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in read_metrics(workdir)]
+    return without_speed(read_metrics(workdir))
 
 
 def test_metrics_are_one_line_a_step(uninterrupted):
@@ -125,8 +125,8 @@ def test_training_stops_at_nan_and_keeps_the_checkpoint_before(poison, run, tmp_
     def make_poisoned_step(run, mesh):
         step = make_train_step(run, mesh)
 
-        def poisoned(state, batch):
-            state, metrics = step(state, batch)
+        def poisoned(state, batch, **options):
+            state, metrics = step(state, batch, **options)
             if int(state.step) == 5:
                 model = jax.tree_util.tree_map_with_path(lambda path, x: poison(parameter_path(path), x), state.model)
                 state = dataclasses.replace(state, model=model)

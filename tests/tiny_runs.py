@@ -76,6 +76,9 @@ def quick_environment(folder):
     }
 
 
+SPEED = {"tokens_per_second", "model_tokens_per_second"}
+
+
 def without_speed(lines):
     """Lines of metrics.jsonl but for what depends on the clock."""
-    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]
+    return [{name: value for name, value in line.items() if name not in SPEED} for line in lines]

@@ -65,7 +65,10 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with linear warm-up from 0 and a cosine to `final_fraction` of the peak (paper: 1e-5, 256 steps, 0.5)."""
+    """AdamW with linear warm-up from 0 and a cosine to `final_fraction` of the peak (paper: 1e-5, 256 steps, 0.5).
+
+    `state_dtype` is what the moments are kept in; they are computed in float32.
+    """
 
     peak_lr: float = 1e-3
     warmup_steps: int = 20
@@ -75,8 +78,13 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    state_dtype: str = "float32"
 
     def __post_init__(self):
+        _require(
+            self.state_dtype in ("float32", "bfloat16"),
+            f"optim.state_dtype={self.state_dtype!r} is unknown; choose 'float32' or 'bfloat16'",
+        )
         _require(self.peak_lr > 0, f"optim.peak_lr={self.peak_lr} must be positive")
         _require(self.warmup_steps >= 0, f"optim.warmup_steps={self.warmup_steps} must be at least 0")
         _require(0 <= self.final_fraction <= 1, f"optim.final_fraction={self.final_fraction} must be between 0 and 1")
@@ -85,30 +93,62 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """The loop: how long, how often. `batch_size` is in rows, over all processes; `loss_chunk` in raws a row."""
+    """The loop: how long, how often, and what is learned.
+
+    Attributes:
+      steps, seed: optimizer steps of the run, and what fixes its order of data and its first weights.
+      batch_size: rows of a step, over all processes.
+      accumulate: parts that a batch is computed in, one after the other; the result is that of the whole batch.
+      mixed_ratios: comma-separated divisors of `gist.ratio`, one of which is drawn for each batch; empty: `gist.ratio`
+        alone.
+      trainable: "all", or "gist": the gist and sink embeddings alone, everything else frozen.
+      distill_weight: share of the loss that is the divergence from a full-attention teacher, 0 (none) to 1 (all).
+      distill_temperature: of that divergence.
+      on_bad_step: "stop" or "skip" at a step whose loss or gradient is not finite, or whose gradient is a spike.
+      spike_norm: gradient norm above which a step is a spike; 0: none is.
+      max_skips: bad steps in a row after which "skip" stops too.
+      log_every, eval_every, checkpoint_every: in steps; `eval_every` 0 never evaluates.
+      eval_rows: held-out rows of an evaluation.
+      eval_recall_rows: recall records that each evaluation asks for too, at `data.row_length`; 0: none.
+      keep_checkpoints: how many of the newest stay.
+      loss_chunk: raws a row whose logits exist at a time.
+    """
 
     steps: int = 100
     batch_size: int = 8
+    accumulate: int = 1
     seed: int = 0
+    mixed_ratios: str = ""
+    trainable: str = "all"
+    distill_weight: float = 0.0
+    distill_temperature: float = 1.0
+    on_bad_step: str = "stop"
+    spike_norm: float = 0.0
+    max_skips: int = 10
     log_every: int = 1
     eval_every: int = 50
     eval_rows: int = 64
+    eval_recall_rows: int = 0
     checkpoint_every: int = 50
     keep_checkpoints: int = 2
     loss_chunk: int = 512
 
     def __post_init__(self):
-        for name in (
-            "steps",
-            "batch_size",
-            "log_every",
-            "eval_rows",
-            "checkpoint_every",
-            "keep_checkpoints",
-            "loss_chunk",
-        ):
-            _require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be at least 1")
-        _require(self.eval_every >= 0, f"train.eval_every={self.eval_every} must be at least 0 (0 never evaluates)")
+        at_least = dict.fromkeys(("eval_every", "eval_recall_rows", "spike_norm", "distill_weight"), 0)
+        counts = (
+            "steps batch_size accumulate max_skips log_every eval_rows checkpoint_every keep_checkpoints loss_chunk"
+        )
+        for name, bound in {**at_least, **dict.fromkeys(counts.split(), 1)}.items():
+            _require(getattr(self, name) >= bound, f"train.{name}={getattr(self, name)} must be at least {bound}")
+        for name, allowed in (("trainable", ("all", "gist")), ("on_bad_step", ("stop", "skip"))):
+            value = getattr(self, name)
+            _require(value in allowed, f"train.{name}={value!r} is unknown; choose one of {allowed}")
+        _require(self.distill_weight <= 1, f"train.distill_weight={self.distill_weight} must be at most 1")
+        _require(self.distill_temperature > 0, f"train.distill_temperature={self.distill_temperature} must be positive")
+        _require(
+            self.batch_size % self.accumulate == 0,
+            f"train.batch_size={self.batch_size} is not a multiple of train.accumulate={self.accumulate}",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,11 +187,18 @@ class RunConfig:
         for name, axis in split.items():
             size, parts = getattr(self.model, name), getattr(self.mesh, axis)
             _require(parts < 1 or size % parts == 0, f"mesh.{axis}={parts} does not divide model.{name}={size}")
-        rows = self.mesh.data * self.mesh.fsdp
+        rows, parts = self.mesh.data * self.mesh.fsdp, self.train.accumulate
         _require(
-            rows < 1 or self.train.batch_size % rows == 0,
-            f"train.batch_size={self.train.batch_size} is not a multiple of mesh data * fsdp = {rows}",
+            rows < 1 or self.train.batch_size % (rows * parts) == 0,
+            f"train.batch_size={self.train.batch_size} is not a multiple of mesh data * fsdp = {rows}"
+            + (f" times train.accumulate={parts}" if parts > 1 else ""),
         )
+        _require(
+            self.train.distill_weight == 0 or self.mesh.context <= 1,
+            f"mesh.context={self.mesh.context}: the teacher of train.distill_weight has full attention, which has no "
+            "context parallelism; use fsdp or tensor",
+        )
+        self.layouts()
         if self.mesh.context > 1:
             _require(
                 self.model.attention == "gist",
@@ -167,6 +214,21 @@ class RunConfig:
         """Checks a (nested) config and freezes it. Raises ValueError for unknown or missing fields and bad values."""
         _check_fields("", config, set(_SECTIONS), set(_SECTIONS))
         return cls(**{name: _build(name, kind, config[name]) for name, kind in _SECTIONS.items()})
+
+    def layouts(self) -> tuple[GistLayout, ...]:
+        """The layouts that batches are drawn among, `train.mixed_ratios` or the one of `gist`. Raises ValueError."""
+        if not self.train.mixed_ratios:
+            return (self.gist,)
+        try:
+            ratios = [int(text) for text in self.train.mixed_ratios.split(",")]
+        except ValueError:
+            ratios = [0]
+        _require(
+            all(ratio > 0 and self.gist.ratio % ratio == 0 for ratio in ratios),
+            f"train.mixed_ratios={self.train.mixed_ratios!r} must be comma-separated divisors of "
+            f"gist.ratio={self.gist.ratio}, for which rows are packed",
+        )
+        return tuple(dataclasses.replace(self.gist, ratio=ratio) for ratio in ratios)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dicts, for JSON; the inverse of `from_dict`."""

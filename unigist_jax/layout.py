@@ -163,6 +163,12 @@ def document_starts(document_ids: Array) -> Array:
     return jax.lax.cummax(begins, axis=begins.ndim - 1)
 
 
+def refined_starts(doc_start: Array, factor: int) -> Array:
+    """`doc_start` [..., U] of rows packed in units `factor` times as long, for the short units: [..., U * factor]."""
+    xp = _namespace(doc_start)
+    return doc_start if factor == 1 else xp.repeat(doc_start * np.int32(factor), factor, axis=-1)
+
+
 def unit_starts(
     layout: GistLayout,
     num_units: int,

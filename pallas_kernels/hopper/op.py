@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.backends import refusal_of
+from pallas_kernels.backends import named_residuals, refusal_of
 from pallas_kernels.hopper.backward import gist_attention_backward
 from pallas_kernels.hopper.blocks import BackwardBlocks, ForwardBlocks, backward_blocks, forward_blocks
 from pallas_kernels.hopper.forward import gist_attention_forward
@@ -74,7 +74,7 @@ def _attend(layout, blocks, segment, regular, q, kv, intervals):
 
 
 def _attend_forward(layout, blocks, segment, regular, q, kv, intervals):
-    out, lse = gist_attention_forward(q, kv, layout, segment, intervals, blocks[0], regular)
+    out, lse = named_residuals(*gist_attention_forward(q, kv, layout, segment, intervals, blocks[0], regular))
     return out, (q, kv, intervals, out, lse)
 
 

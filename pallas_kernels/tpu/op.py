@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from pallas_kernels.backends import refusal_of
+from pallas_kernels.backends import named_residuals, refusal_of
 from pallas_kernels.tpu.backward import key_gradients, query_gradient
 from pallas_kernels.tpu.blocks import Blocks, blocks_for
 from pallas_kernels.tpu.forward import gist_attention_forward
@@ -76,7 +76,7 @@ def _attend(layout, segment, axis, q, kv, intervals):
 
 def _forward(layout, segment, axis, q, kv, intervals):
     out, lse = gist_attention_forward(*_tiled(segment, axis, q, kv, intervals), segment, axis, layout)
-    out = segment.untile(out)
+    out, lse = named_residuals(segment.untile(out), lse)
     return out, (q, kv, intervals, out, lse)
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.backends import refusal_of
+from pallas_kernels.backends import named_residuals, refusal_of
 from pallas_kernels.triton import backward_kernel, forward_kernel
 from pallas_kernels.triton.blocks import Blocks, KernelBlocks, kernel_blocks
 from pallas_kernels.triton.call import capability, launch
@@ -130,7 +130,7 @@ def key_gradients(layout, source: int, blocks: Blocks, queries, place, k, v, sta
 
 
 def _attend_forward(layout, blocks, q, kv, starts, place):
-    out, lse = forward(layout, blocks.forward, q, kv, starts, place)
+    out, lse = named_residuals(*forward(layout, blocks.forward, q, kv, starts, place))
     return out, (q, kv, starts, place, out, lse)
 
 

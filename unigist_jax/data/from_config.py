@@ -60,8 +60,10 @@ def recall_filler(data: DataConfig, split: str) -> list[str]:
     return documents["text"][:FILLER_DOCUMENTS]
 
 
-def recall_rows(data: DataConfig, layout: GistLayout, tokenizer: Tokenizer, seed: int) -> PackedRows:
-    """Packed rows of recall records for training."""
+def recall_rows(
+    data: DataConfig, layout: GistLayout, tokenizer: Tokenizer, seed: int, split: str = "train"
+) -> PackedRows:
+    """Packed rows of recall records, hidden in texts of a split."""
     return prepare_recall_rows(
         tokenizer=tokenizer,
         layout=layout,
@@ -69,7 +71,7 @@ def recall_rows(data: DataConfig, layout: GistLayout, tokenizer: Tokenizer, seed
         num_records=data.recall_records,
         seed=seed,
         kinds=data.recall_kinds.split(","),
-        filler=recall_filler(data, "train"),
+        filler=recall_filler(data, split),
         answer_loss_only=data.recall_answer_only,
         digits=data.recall_digits,
     )

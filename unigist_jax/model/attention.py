@@ -10,14 +10,18 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import GistKV, gist_attention
+from pallas_kernels.backends import target_device
 from pallas_kernels.blocked import causal_attention
 from unigist_jax.context import AXIS, Placement, all_gists, raws_before
 from unigist_jax.layout import GistLayout, split_segment
 from unigist_jax.model.config import LlamaConfig
 from unigist_jax.sharding import partition_spec
+
+INPUTS = "attention_inputs"  # the name under which `jax.checkpoint` policies find rotated q and k, and v
 
 
 class Attention(nnx.Module):
@@ -36,7 +40,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B P Hq D"], Float[Array, "B P Hkv D"], Float[Array, "B P Hkv D"]]:
         """Queries and keys, both rotated, and values."""
         q, k, v = (jnp.einsum("bpe,ehd->bphd", x, w[...].astype(x.dtype)) for w in (self.query, self.key, self.value))
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+        return tuple(checkpoint_name(y, INPUTS) for y in (rotate(q, cos, sin), rotate(k, cos, sin), v))
 
     def output(self, context: Float[Array, "B P Hq D"]) -> Float[Array, "B P E"]:
         return jnp.einsum("bphd,hde->bpe", context, self.out[...].astype(context.dtype))
@@ -139,10 +143,43 @@ def full_attention(
     q: Float[Array, "B T Hq D"],
     k: Float[Array, "B T Hkv D"],
     v: Float[Array, "B T Hkv D"],
-    begin: Int[Array, "B T"],
+    begin: Int[Array, "B T"] | None,
 ) -> Float[Array, "B T Hq D"]:
-    """Plain causal attention on each device's rows and heads; `begin` is each query's first visible key."""
-    return _on_each_device(causal_attention, (_HEADS, _HEADS, _HEADS, _ROWS), _HEADS, q, k, v, begin)
+    """Plain causal attention on each device's rows and heads.
+
+    On NVIDIA GPUs rows of one document each go to cuDNN, which knows no documents; a batch that packs several into a
+    row takes the blocked path (slower, exact), chosen while the step runs.
+
+    Args:
+      begin: each query's first visible key, the start of its document; None: every row is one document.
+    """
+
+    def attend(q, k, v, begin):
+        if not cudnn_takes(q, k):
+            return causal_attention(q, k, v, begin)
+        return jax.lax.cond(begin.any(), causal_attention, lambda q, k, v, _: cudnn_attention(q, k, v), q, k, v, begin)
+
+    if begin is None:
+        attend_rows = cudnn_attention if cudnn_takes(q, k) else causal_attention
+        return _on_each_device(attend_rows, (_HEADS, _HEADS, _HEADS), _HEADS, q, k, v)
+    return _on_each_device(attend, (_HEADS, _HEADS, _HEADS, _ROWS), _HEADS, q, k, v, begin)
+
+
+def cudnn_takes(q: Float[Array, "B T Hq D"], k: Float[Array, "B T Hkv D"]) -> bool:
+    """Whether cuDNN's fused attention runs on the target device and takes these arrays, forward and backward."""
+    device = target_device()
+    if device.platform not in ("gpu", "cuda") or not str(getattr(device, "compute_capability", "")):
+        return False
+    short = all(x.dtype in (jnp.bfloat16, jnp.float16) for x in (q, k))
+    even = q.shape[1] % 2 == k.shape[1] % 2 == 0
+    return float(device.compute_capability) >= 8 and short and even and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+
+
+def cudnn_attention(
+    q: Float[Array, "B T Hq D"], k: Float[Array, "B T Hkv D"], v: Float[Array, "B T Hkv D"]
+) -> Float[Array, "B T Hq D"]:
+    """Causal attention by cuDNN's fused kernel, one document a row."""
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
 
 
 def sink_attention(

@@ -8,7 +8,7 @@ from typing import Literal
 from pallas_kernels.backends import check_name
 
 DTYPES = ("float32", "bfloat16", "float16")
-REMAT_POLICIES = ("none", "full", "dots")
+REMAT_POLICIES = ("none", "full", "attention", "dots")
 GIST_INITS = ("normal", "mean", "tokens")
 
 
@@ -35,7 +35,8 @@ class LlamaConfig:
       tie_embeddings: the head shares the embedding.
       attention: "gist" (sinks, gists and a window of raws) or "full" (plain causal attention, no sinks, no gists).
       param_dtype, dtype: of the parameters and of the computation; norms, softmax and logits are float32.
-      remat: what the backward pass recomputes of each layer: "none", "full" (everything), "dots" (all but products).
+      remat: what the backward pass recomputes of each layer: "none" (nothing), "dots" (all but attention and products),
+        "attention" (all but attention and what goes into it), "full" (everything).
       attention_backend: of `pallas_kernels.gist_attention`; None chooses by platform.
       gist_init: what gist and sink embeddings begin as: "normal" (around 0), "mean" (around the mean of the
         vocabulary's embeddings), "tokens" (embeddings of tokens drawn from the vocabulary).

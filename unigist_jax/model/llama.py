@@ -24,17 +24,29 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.backends import RESIDUALS
 from unigist_jax.context import ONE_DEVICE, Placement
 from unigist_jax.layout import GistLayout, assemble_segment, segment_positions, sink_positions, split_segment
-from unigist_jax.model.attention import full_attention, placed_attention, sink_attention
+from unigist_jax.model.attention import INPUTS, full_attention, placed_attention, sink_attention
 from unigist_jax.model.config import LlamaConfig
 from unigist_jax.model.gist_init import initial_embeddings
 from unigist_jax.model.layers import DecoderLayer, RMSNorm, rotary
 from unigist_jax.sharding import constrain
 
+_named_attention = jax.checkpoint_policies.save_only_these_names(INPUTS, RESIDUALS)
+
+
+def _save_attention(primitive, *args, **params):
+    """Keeps what attention's backward pass reads; cuDNN's is found by its primitive, which carries no name."""
+    return primitive.name.startswith("dot_product_attention_fwd") or _named_attention(primitive, *args, **params)
+
+
 _REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": _save_attention,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        _save_attention, jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    ),
 }
 
 
@@ -101,14 +113,14 @@ class Llama(nnx.Module):
         """
         layout = self.checked_layout(layout)
         units = layout.num_units(tokens.shape[1])
-        if doc_start is None:
-            doc_start = jnp.zeros((tokens.shape[0], units), jnp.int32)
         if (attention or self.config.attention) == "full":
             if placement.devices > 1:
                 raise ValueError(
                     f"full attention has no context parallelism (context={placement.devices}); use fsdp or tensor"
                 )
             return self._full_pass(tokens, doc_start, layout)
+        if doc_start is None:
+            doc_start = jnp.zeros((tokens.shape[0], units), jnp.int32)
         return self._gist_pass(tokens, doc_start, layout, placement)
 
     def _gist_pass(self, tokens, doc_start, layout, placement):
@@ -135,8 +147,8 @@ class Llama(nnx.Module):
         return raws.reshape(batch, -1, x.shape[-1])
 
     def _full_pass(self, tokens, doc_start, layout):
-        begin = jnp.repeat(doc_start * layout.ratio, layout.ratio, axis=1)
-        angles = rotary(self.config, jnp.arange(tokens.shape[1]) - begin)
+        begin = None if doc_start is None else jnp.repeat(doc_start * layout.ratio, layout.ratio, axis=1)
+        angles = rotary(self.config, jnp.arange(tokens.shape[1]) - (0 if begin is None else begin))
 
         def body(x, layer):
             x = constrain(x, "batch", None, None)

@@ -35,12 +35,17 @@ MAY_CHANGE = (
     "mesh.",
     "model.attention_backend",
     "model.remat",
+    "train.accumulate",
     "train.checkpoint_every",
     "train.eval_every",
+    "train.eval_recall_rows",
     "train.eval_rows",
     "train.keep_checkpoints",
     "train.log_every",
     "train.loss_chunk",
+    "train.max_skips",
+    "train.on_bad_step",
+    "train.spike_norm",
 )
 
 

@@ -1,4 +1,4 @@
-"""Metrics of a run: JSON lines always, TensorBoard where tensorboardX is installed."""
+"""Metrics of a run: JSON lines always, TensorBoard where tensorboardX is installed, Weights & Biases if asked for."""
 
 from __future__ import annotations
 
@@ -12,16 +12,21 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Writes one JSON line a call to `workdir/metrics.jsonl`, flushed, and the same scalars to TensorBoard."""
+    """Writes one JSON line a call to `workdir/metrics.jsonl`, flushed, and the same scalars elsewhere."""
 
-    def __init__(self, workdir: Path, resume_step: int, tensorboard: bool = True):
+    def __init__(self, workdir: Path, resume_step: int, tensorboard: bool = True, wandb_project: str | None = None):
         """Opens the file for appending.
 
         Args:
           workdir: of the run.
           resume_step: lines after this step belong to steps that will be run again, and are dropped.
           tensorboard: also write event files to `workdir/tensorboard`, if tensorboardX is installed.
+          wandb_project: also log to this project of Weights & Biases; the work directory's name is the run's.
+
+        Raises:
+          ValueError: if the package wandb is asked for and not installed.
         """
+        self._wandb = _wandb_run(workdir, wandb_project) if wandb_project else None
         path = workdir / METRICS_FILE
         kept = [line for line in read_metrics(workdir) if line["step"] <= resume_step]
         partial = path.with_suffix(".partial")
@@ -36,11 +41,15 @@ class MetricsWriter:
         if self._tensorboard is not None:
             for name, value in scalars.items():
                 self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(dict(scalars), step=step)
 
     def close(self) -> None:
         self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
@@ -58,3 +67,12 @@ def _tensorboard_writer(workdir: Path, resume_step: int):
     except ImportError:
         return None
     return SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+
+
+def _wandb_run(workdir: Path, project: str):
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError(f"--wandb={project} needs the package wandb: pip install wandb") from error
+    name = Path(workdir).absolute().name
+    return wandb.init(project=project, name=name, id=name, dir=str(workdir), resume="allow")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from unigist_jax.config import OptimConfig
@@ -34,4 +35,21 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
         weight_decay=config.weight_decay,
         mask=decayed,
     )
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+    return in_float32(optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw), config.state_dtype)
+
+
+def in_float32(inner: optax.GradientTransformation, state_dtype: str) -> optax.GradientTransformation:
+    """`inner`, computed in float32 whatever the dtype of the parameters; its state is kept in `state_dtype`."""
+
+    def cast(tree: Any, dtype: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+    def init(params):
+        return cast(inner.init(params), state_dtype)
+
+    def update(updates, state, params):
+        exact = (cast(x, jnp.float32) for x in (updates, state, params))
+        updates, state = inner.update(*exact)
+        return updates, cast(state, state_dtype)
+
+    return optax.GradientTransformation(init, update)

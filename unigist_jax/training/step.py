@@ -2,6 +2,7 @@
 
 Axis legend
   B  batch rows over all processes      T  raws of a row      U  units of a row
+  A  parts that a batch is computed in, one after the other
 """
 
 from __future__ import annotations
@@ -16,19 +17,22 @@ import optax
 from jaxtyping import Array, Bool, Float, Int32
 
 from unigist_jax.config import RunConfig
+from unigist_jax.layout import GistLayout, refined_starts
 from unigist_jax.model import Llama, init_llama
-from unigist_jax.sharding import abstract_on, tree_shardings
-from unigist_jax.training.loss import summed_loss
+from unigist_jax.sharding import abstract_on, constrain, tree_shardings
+from unigist_jax.training.flops import step_flops
+from unigist_jax.training.loss import recalled_rows, summed_distillation, summed_loss
 from unigist_jax.training.optimizer import learning_rate, make_optimizer
+from unigist_jax.training.trainable import joined, split_trainable
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Packed rows of one step (`unigist_jax.data`)."""
+    """Packed rows of one step (`unigist_jax.data`). `doc_start` None: every row is one document."""
 
     tokens: Int32[Array, "B T"]
-    doc_start: Int32[Array, "B U"]
+    doc_start: Int32[Array, "B U"] | None
     loss_mask: Bool[Array, "B T"]
 
 
@@ -49,7 +53,7 @@ def _fresh_state(run: RunConfig, model: Llama | None) -> TrainState:
     if model is None:
         model = init_llama(run.model, run.gist, run.train.seed)
     optimizer = make_optimizer(run.optim, run.train.steps)
-    return TrainState(jnp.int32(0), model, optimizer.init(model))
+    return TrainState(jnp.int32(0), model, optimizer.init(split_trainable(model, run.train.trainable)[0]))
 
 
 def abstract_state(run: RunConfig, mesh: jax.sharding.Mesh) -> TrainState:
@@ -67,35 +71,108 @@ def make_state(run: RunConfig, mesh: jax.sharding.Mesh, model: Llama | None = No
     return jax.jit(fresh, out_shardings=shardings)(model)
 
 
-def make_train_step(
-    run: RunConfig, mesh: jax.sharding.Mesh
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Float[Array, ""]]]]:
-    """The jitted step of a run: `(state, batch) -> (state, metrics)`; the state is donated and stays where it lies.
+def make_train_step(run: RunConfig, mesh: jax.sharding.Mesh) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+    """The jitted step of a run: `(state, batch, teacher=None, layout=None) -> (state, metrics)`.
 
-    The loss is the mean over the batch's targets; metrics are float32 scalars: loss, grad_norm (before clipping),
-    learning_rate, targets.
+    The state is donated and stays where it lies. The loss is the mean over the batch's targets, however many parts the
+    batch is computed in. A step that is not finite, or whose gradient is a spike, changes nothing but the count of
+    steps when `train.on_bad_step` says "skip".
+
+    Args:
+      teacher: a full-attention model, for `train.distill_weight`.
+      layout: of `run.layouts()`, static; None: `run.gist`. Rows are packed for `run.gist` either way.
+
+    Returns:
+      The new state, and float32 scalars: loss (cross-entropy in nats), grad_norm (before clipping), learning_rate,
+      targets, flops (`unigist_jax.training.flops`), bad (1 for a step that is not finite or a spike), and with a
+      teacher divergence (nats).
     """
-    optimizer = make_optimizer(run.optim, run.train.steps)
-    schedule = learning_rate(run.optim, run.train.steps)
+    settings = run.train
+    optimizer = make_optimizer(run.optim, settings.steps)
+    schedule = learning_rate(run.optim, settings.steps)
 
-    def train_step(state: TrainState, batch: Batch):
-        def mean_loss(model):
-            total, count = summed_loss(model, batch.tokens, batch.doc_start, batch.loss_mask, run.train.loss_chunk)
-            return total / jnp.maximum(count, 1), count
+    def objective(model: Llama, rows: Batch, teacher: Llama | None, layout: GistLayout) -> tuple[Array, dict]:
+        """What is minimised, and what is reported, both summed over targets."""
+        inputs = model, rows.tokens, rows.doc_start, rows.loss_mask, settings.loss_chunk
+        if teacher is None:
+            loss, _ = summed_loss(*inputs, layout)
+            return loss, {"loss": loss}
+        loss, divergence = summed_distillation(
+            model, teacher, *inputs[1:], temperature=settings.distill_temperature, layout=layout
+        )
+        weight = settings.distill_weight
+        return (1 - weight) * loss + weight * divergence, {"loss": loss, "divergence": divergence}
 
-        (loss, count), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.model)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
-        metrics = {
-            "loss": loss,
-            "grad_norm": optax.tree.norm(grads),
+    def train_step(
+        state: TrainState, batch: Batch, teacher: Llama | None = None, layout: GistLayout | None = None
+    ) -> tuple[TrainState, dict[str, Array]]:
+        layout = layout or run.gist
+        if batch.doc_start is not None:
+            starts = refined_starts(batch.doc_start, run.gist.ratio // layout.ratio)
+            batch = dataclasses.replace(batch, doc_start=starts)
+        trained, frozen = split_trainable(state.model, settings.trainable)
+        targets = jnp.maximum(jnp.sum(batch.loss_mask, dtype=jnp.float32), 1)
+
+        def mean_loss(trained, rows):
+            total, sums = objective(joined(trained, frozen), rows, teacher, layout)
+            return total / targets, jax.tree.map(lambda x: x / targets, sums)
+
+        grads, metrics = _gradient_in_parts(jax.grad(mean_loss, has_aux=True), trained, batch, settings.accumulate)
+        grad_norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+        bad = ~(jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm))
+        if settings.spike_norm:
+            bad |= grad_norm > settings.spike_norm
+        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+        updated = optax.apply_updates(trained, updates)
+        if settings.on_bad_step == "skip":
+            updated, opt_state = _unless(bad, (updated, opt_state), (trained, state.opt_state))
+        metrics |= {
+            "grad_norm": grad_norm,
             "learning_rate": schedule(state.step),
-            "targets": count,
+            "targets": targets,
+            "flops": _flops(run, batch, layout, teacher is not None),
+            "bad": bad.astype(jnp.float32),
         }
-        state = TrainState(state.step + 1, optax.apply_updates(state.model, updates), opt_state)
+        state = TrainState(state.step + 1, joined(updated, frozen), opt_state)
         # Left to itself the compiler may choose another layout, and the second step would be compiled anew.
         return jax.lax.with_sharding_constraint(state, tree_shardings(mesh, state)), metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    return jax.jit(train_step, donate_argnums=0, static_argnames="layout")
+
+
+def _gradient_in_parts(gradient: Callable, trained: Any, batch: Batch, parts: int) -> tuple[Any, dict[str, Array]]:
+    """`gradient(trained, rows)` summed over the parts of a batch, in float32 if there are several."""
+    if parts == 1:
+        return gradient(trained, batch)
+
+    def cut(x):  # part i has every A-th row from i on, so that each device's rows stay on it
+        x = jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
+        return constrain(x, None, "batch", *[None] * (x.ndim - 2))
+
+    arrays, batch_of = jax.tree.flatten(batch)
+    arrays = [cut(x) for x in arrays]
+    shapes = jax.eval_shape(lambda *x: gradient(trained, batch_of.unflatten(y[0] for y in x)), *arrays)
+
+    def add_part(total, rows):
+        part = gradient(trained, batch_of.unflatten(rows))
+        return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, part), None
+
+    return jax.lax.scan(add_part, jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes), arrays)[0]
+
+
+def _unless(bad: Array, new: Any, old: Any) -> Any:
+    """`new`, but `old` in a bad step; counts of steps go on."""
+    return jax.tree.map(
+        lambda new, old: jnp.where(bad, old, new) if jnp.issubdtype(new.dtype, jnp.floating) else new, new, old
+    )
+
+
+def _flops(run: RunConfig, batch: Batch, layout: GistLayout, teacher: bool) -> Float[Array, ""]:
+    batch_size, length = batch.tokens.shape
+    starts = batch.doc_start
+    if starts is None:
+        starts = jnp.zeros((batch_size, layout.num_units(length)), jnp.int32)
+    return step_flops(run.model, layout, starts, frozen=run.train.trainable == "gist", teacher=teacher)
 
 
 def make_eval_step(run: RunConfig) -> Callable[[Llama, Batch], tuple[Float[Array, ""], Float[Array, ""]]]:
@@ -105,3 +182,18 @@ def make_eval_step(run: RunConfig) -> Callable[[Llama, Batch], tuple[Float[Array
         return summed_loss(model, batch.tokens, batch.doc_start, batch.loss_mask, run.train.loss_chunk)
 
     return jax.jit(eval_step)
+
+
+def make_recall_step(run: RunConfig) -> Callable[[Llama, Batch], dict[str, Float[Array, ""]]]:
+    """The jitted recall of a batch of records, the mask on their answers (`unigist_jax.training.loss.recalled_rows`).
+
+    Sums over the rows that have a mask: `answers` that are right as a whole, the share of their `tokens`, and `rows`.
+    """
+
+    def recall_step(model: Llama, batch: Batch):
+        asked = batch.loss_mask.any(axis=1)
+        answers, tokens = recalled_rows(model, batch.tokens, batch.doc_start, batch.loss_mask, run.train.loss_chunk)
+        sums = {"answers": answers, "tokens": tokens, "rows": asked.astype(jnp.float32)}
+        return {name: jnp.sum(jnp.where(asked, x, 0.0)) for name, x in sums.items()}
+
+    return jax.jit(recall_step)
