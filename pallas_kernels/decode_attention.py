@@ -3,10 +3,10 @@
 Axis legend
   B   batch                      Hq  query heads, Hkv  KV heads, D  head dim
   Q   2 queries a sequence: the new raw, and the gist of its unit
-  s   sinks, G  gist slots of the cache, W  slots of the raw ring, W = (k + 1) * r
+  s   sinks, G  gist slots of the cache, W  slots of the raw ring, W >= (k + 1) * r
 
-The raw ring: raw i lives in slot i mod W. While unit u is in progress, it and the k units before it fill the ring; the
-slots after the newest raw still hold raws of unit u - k - 1, which left the window, and are masked.
+The raw ring: raw i lives in slot i mod W. While unit u is in progress, the ring holds it and the k units before
+it; the other slots hold raws that left the window, and are masked.
 
   slots (r = 2, k = 2, W = 6), newest raw i = 8 in unit 4:   [ x6 x7 | x8 x3 | x4 x5 ]     x3 is masked
 """
@@ -20,6 +20,13 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels.backends import choose
 from pallas_kernels.gist_attention import GistKV
 from unigist_jax.layout import GistLayout
+
+SLOT_MULTIPLE = 8  # keys that Hopper's copy engine moves together
+
+
+def padded_slots(count: int) -> int:
+    """Slots to allocate for `count` gists or raws, so that no backend has to copy the cache (`decode_attention`)."""
+    return -(-count // SLOT_MULTIPLE) * SLOT_MULTIPLE
 
 
 def ring_raw_index(newest: Int32[Array, " B"], slots: int) -> Int32[Array, "B W"]:
@@ -41,7 +48,9 @@ def decode_attention(
       q: the new raw's query and the query of its unit's gist, already rotated. The gist's row means something only
         where the raw completes its unit.
       kv: the cache with the step's own keys and values already written: gists [B, G, Hkv, D] with the step's gist at
-        `raw_index // r`, and the raw ring [B, W, Hkv, D] with the new raw at `raw_index % W`, W = (k + 1) * r.
+        `raw_index // r`, and the raw ring [B, W, Hkv, D] with the new raw at `raw_index % W`, W >= (k + 1) * r. Where
+        G and W are multiples of `SLOT_MULTIPLE`, every backend reads the cache in place; the Hopper kernel would copy
+        others to a padded array at every step.
       layout: ratio, sinks and window.
       raw_index: int32 [B], index of the new raw in its sequence.
       backend: a name in `pallas_kernels.backends.BACKENDS`, or None for the first that can.
@@ -50,10 +59,10 @@ def decode_attention(
       [B, 2, Hq, D] in q's dtype.
 
     Raises:
-      ValueError: for an unknown backend, one that cannot run here, or a ring of another size than the layout's.
+      ValueError: for an unknown backend, one that cannot run here, or a ring that cannot hold the layout's window.
     """
-    slots = (layout.window_units + 1) * layout.ratio
-    if kv.raw_k.shape[1] != slots:
+    slots = layout.window + layout.ratio
+    if kv.raw_k.shape[1] < slots:
         raise ValueError(f"the raw ring has {kv.raw_k.shape[1]} slots; {layout} needs window + ratio = {slots}")
     name, module = choose(backend, q, kv, layout, decode=True)
     with jax.named_scope(f"decode_attention_{name}"):

@@ -99,7 +99,7 @@ ATTENTION = {
 
 
 class Decoding(NamedTuple):
-    """Sizes of a decoding step; raw_index: the newest raw of each sequence."""
+    """Sizes of a decoding step; raw_index: the newest raw of each sequence; spare: needless ring slots."""
 
     raw_index: tuple[int, ...]
     gists: int
@@ -110,6 +110,7 @@ class Decoding(NamedTuple):
     heads: int = 32
     kv_heads: int = 8
     dtype: str = "bfloat16"
+    spare: int = 0
     small: bool = False
 
     @property
@@ -120,10 +121,10 @@ class Decoding(NamedTuple):
 FEW = {"dim": 64, "heads": 4, "kv_heads": 2, "window": 8, "sinks": 5, "small": True}
 
 DECODING = {
-    "ragged, every phase of a unit": Decoding((0, 2, 3, 43, 63), 40, **FEW),
+    "ragged, every phase of a unit": Decoding((0, 2, 3, 43, 63), 40, spare=4, **FEW),
     "no sinks, no window": Decoding((0, 7, 71), 9, ratio=8, **(FEW | {"sinks": 0, "window": 0})),
     "group of 16, float16": Decoding((100,), 33, **(FEW | {"heads": 16, "kv_heads": 1, "dtype": "float16"})),
-    "ragged over many tiles": Decoding((0, 5, 777, 1199), 300),
+    "ragged over many tiles": Decoding((0, 5, 777, 1199), 304, spare=4),
     "a head each, no sinks": Decoding((3, 559), 70, ratio=8, sinks=0, window=0, dim=64, heads=4, kv_heads=4),
     "group of 32": Decoding((1000, 1001, 3999), 1000, sinks=5, window=64, kv_heads=1),
     "group of 3, float16": Decoding((515,), 129, heads=6, kv_heads=2, dtype="float16"),
@@ -279,7 +280,7 @@ def decode_inputs(case: Decoding, seed: int | None = None):
     """q [B, 2, Hq, D], kv and raw_index [B] of a decoding case."""
     rng = np.random.default_rng(seed_of(case) if seed is None else seed)
     batch = len(case.raw_index)
-    lengths = (case.sinks,), (batch, case.gists), (batch, case.window + case.ratio)
+    lengths = (case.sinks,), (batch, case.gists), (batch, case.window + case.ratio + case.spare)
     kv = GistKV(*(normal(rng, case.dtype, *n, case.kv_heads, case.dim) for n in lengths for _ in (0, 1)))
     return normal(rng, case.dtype, batch, 2, case.heads, case.dim), kv, jnp.asarray(case.raw_index, jnp.int32)
 

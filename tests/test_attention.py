@@ -142,14 +142,14 @@ def test_a_chunk_against_the_cache_is_that_part_of_one_pass(backend, case, late)
     np.testing.assert_allclose(gists, whole[1][:, cut:], rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("window", [0, 4, 8])
-def test_decode_is_the_last_row_of_one_pass(window):
+@pytest.mark.parametrize(("window", "spare"), [(0, 0), (4, 0), (8, 3)])
+def test_decode_is_the_last_row_of_one_pass(window, spare):
     """Row 4: every raw (and the gist it completes) from the ring equals that row of the whole context."""
     layout, units = GistLayout(2, 3, window), 9
     q, kv = random_case(0, layout, units, num_heads=4, num_kv_heads=2)
     raws, gists = split_segment(gist_attention(q, kv, layout, backend="reference"), layout, axis=1)
     raw_q, gist_q = split_segment(q, layout, axis=1)
-    slots = window + layout.ratio
+    slots = window + layout.ratio + spare
     ring_k, ring_v = jnp.full((2, 1, slots, 2, DIM), 1e9)
     decode = jax.jit(functools.partial(decode_attention, layout=layout))
     for i in range(units * layout.ratio):
@@ -238,5 +238,6 @@ def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="3 query heads are not a multiple of 2"):
         wide = jax.tree.map(lambda x: jnp.concatenate([x, x], axis=-2), kv)
         gist_attention(jnp.concatenate([q, q[:, :, :1]], axis=2), wide, layout)
-    with pytest.raises(ValueError, match=r"ring has 6 slots.*window \+ ratio = 4"):
-        decode_attention(q[:, :2], kv, layout, jnp.zeros(1, jnp.int32))
+    with pytest.raises(ValueError, match=r"ring has 3 slots.*window \+ ratio = 4"):
+        short = kv._replace(raw_k=kv.raw_k[:, :3], raw_v=kv.raw_v[:, :3])
+        decode_attention(q[:, :2], short, layout, jnp.zeros(1, jnp.int32))

@@ -106,7 +106,7 @@ def test_a_raw_that_left_the_window_is_gone():
     tokens, _ = one_pass(layout, units_past_window(layout))
     model = model_of(layout)
     _, cache = prefill(model, [tokens.tolist()], capacity=len(tokens) + 4)
-    assert cache.layers[0].raw_k.shape[1] == layout.window + layout.ratio < len(tokens)
+    assert layout.window + layout.ratio <= cache.layers[0].raw_k.shape[1] < len(tokens)
     blank = [kv._replace(gist_v=kv.gist_v * 0) for kv in cache.layers]
     forgetful = GistCache(cache.sink_k, cache.sink_v, tuple(blank), cache.length, layout)
     step = functools.partial(decode_step, model, tokens=jnp.array([7], jnp.int32))
@@ -116,15 +116,12 @@ def test_a_raw_that_left_the_window_is_gone():
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_cache_bytes_follow_the_formula(layout):
-    """2 L Hkv D bytes (s + ceil(n / r) + w + r): a raw costs nothing, r raws cost one gist."""
-    token = 2 * CONFIG.num_layers * CONFIG.num_kv_heads * CONFIG.head_dim * 4
-    held = [GistCache.create(model_of(layout), 1, n).nbytes for n in range(1, 4 * layout.ratio + 1)]
-    for n, nbytes in enumerate(held, start=1):
-        expected = token * (layout.num_sinks + -(-n // layout.ratio) + layout.window + layout.ratio)
-        assert nbytes == expected == gist_cache_bytes(CONFIG, layout, n)
-    growth = np.diff(held)
-    assert growth[layout.ratio - 1 :: layout.ratio].tolist() == [token] * 3
-    assert growth.sum() == 3 * token
+    """2 L Hkv D bytes (s + ceil(n / r) + w + r), slots in eights: a raw costs nothing, 8 r raws cost eight gists."""
+    token, full = 2 * CONFIG.num_layers * CONFIG.num_kv_heads * CONFIG.head_dim * 4, 8 * layout.ratio
+    ring = -(-(layout.window + layout.ratio) // 8) * 8
+    for n, gists in ((1, 8), (full, 8), (full + 1, 16), (2 * full, 16), (2 * full + 1, 24)):
+        nbytes = GistCache.create(model_of(layout), 1, n).nbytes
+        assert nbytes == token * (layout.num_sinks + gists + ring) == gist_cache_bytes(CONFIG, layout, n)
     assert full_cache_bytes(CONFIG, 10, batch=3) == 30 * token
 
 
@@ -276,8 +273,8 @@ def test_bad_input_is_named():
     _, cache = prefill(model, [[1, 2], [3]], capacity=8)
     with pytest.raises(ValueError, match=r"1 token lists for a cache of 2 sequences.*cache.select\(rows\)"):
         append(METHODS["unigist"], model, cache, [[1]])
-    with pytest.raises(ValueError, match=r"sequence 0 would hold 9 tokens.*room for 8.*larger capacity"):
-        append(METHODS["unigist"], model, cache, [[1] * 7, [1]])
+    with pytest.raises(ValueError, match=r"sequence 0 would hold 33 tokens.*room for 32.*larger capacity"):
+        append(METHODS["unigist"], model, cache, [[1] * 31, [1]])
     with pytest.raises(ValueError, match=r"rows \[2\] of a batch of 2 sequences; give at least one of 0 … 1"):
         cache.select([2])
     with pytest.raises(ValueError, match=r"3 prompts continue a cache of 2 sequences"):

@@ -1,7 +1,7 @@
 """The compressed KV cache: a fixed-shape pytree of sinks, gists and a ring of the newest raws.
 
 Axis legend
-  B  batch      L  layers      G  gist slots      W  ring slots, W = w + r      s  sinks
+  B  batch      L  layers      G  gist slots      W  ring slots, W >= w + r     s  sinks
   Hkv KV heads  D  head dim
 
 What it holds after n raws of a sequence (r = 2, w = 4, n = 9; unit 4 is in progress):
@@ -10,7 +10,8 @@ What it holds after n raws of a sequence (r = 2, w = 4, n = 9; unit 4 is in prog
   gists  g0 g1 g2 g3 |  .  .  .     one a complete unit; slot n // r is rewritten until its unit is complete
   ring   x6 x7 | x8  . | x4 x5      raw i in slot i mod W: the k units before the current one, and that one
 
-Nothing else is kept: every r tokens cost one gist, and a raw that leaves the window is overwritten in place.
+Nothing else is kept: every r tokens cost one gist, and raws that leave the window are overwritten in place. G and W are
+rounded up to what the kernels read without a copy (`pallas_kernels.decode_attention.padded_slots`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import GistKV
+from pallas_kernels.decode_attention import padded_slots
 from unigist_jax.layout import GistLayout
 from unigist_jax.model import Llama, LlamaConfig
 from unigist_jax.rows import select_rows
@@ -59,7 +61,7 @@ class GistCache:
 
     @classmethod
     def create(cls, model: Llama, batch: int, capacity: int, layout: GistLayout | None = None) -> GistCache:
-        """An empty cache for `batch` sequences of at most `capacity` raws (rounded up to whole units)."""
+        """An empty cache for `batch` sequences of at most `capacity` raws (rounded up: `padded_slots`)."""
         layout = model.checked_layout(layout)
         if batch < 1 or capacity < 1:
             raise ValueError(f"a cache for batch={batch}, capacity={capacity}: both must be at least 1")
@@ -99,18 +101,18 @@ _sink_kv = jax.jit(lambda model: model.sink_kv())
 
 def gist_slots(layout: GistLayout, capacity: int) -> int:
     """Gist slots for `capacity` raws: one a unit, the one in progress included."""
-    return -(-capacity // layout.ratio)
+    return padded_slots(-(-capacity // layout.ratio))
 
 
 def ring_slots(layout: GistLayout) -> int:
     """Raw slots of a sequence: the `k` units of the window and the unit in progress."""
-    return layout.window + layout.ratio
+    return padded_slots(layout.window + layout.ratio)
 
 
 def gist_cache_bytes(config: LlamaConfig, layout: GistLayout, num_raws: int, batch: int = 1) -> int:
     """Bytes of keys and values that gist attention holds for `num_raws` raws a sequence.
 
-    `2 L Hkv D bytes (s + B (ceil(n / r) + w + r))`; it grows by one gist every r raws and never by a raw.
+    `2 L Hkv D bytes (s + B (ceil(n / r) + w + r))`, the slots rounded up: it grows by gists alone, one every r raws.
     """
     tokens = layout.num_sinks + batch * (gist_slots(layout, num_raws) + ring_slots(layout))
     return tokens * _bytes_per_token(config)

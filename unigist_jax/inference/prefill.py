@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import GistKV
 from pallas_kernels.decode_attention import ring_raw_index
-from unigist_jax.inference.cache import GistCache, LayerKV
+from unigist_jax.inference.cache import GistCache, LayerKV, ring_slots
 from unigist_jax.layout import GistLayout, segment_positions
 from unigist_jax.model import Llama
 from unigist_jax.model.attention import segment_attention
@@ -108,7 +108,7 @@ def prefill_chunk(
     first_raw = first_unit * layout.ratio
     angles = rotary(model.config, segment_positions(layout, layout.num_units(num_raws), first_unit))
     newest = jnp.minimum(first_raw + num_raws, lengths) - 1  # newest real raw of each sequence after this chunk
-    before = (first_raw - layout.window + jnp.arange(layout.window)) % (layout.window + layout.ratio)
+    before = (first_raw - layout.window + jnp.arange(layout.window)) % ring_slots(layout)
     x = model.embed_segment(tokens, layout)
     layers = []
     for index in range(model.config.num_layers):
