@@ -20,12 +20,12 @@ from unigist_jax.data.corpus import load_documents
 from unigist_jax.data.from_config import recall_filler, spread_rows, text_rows
 from unigist_jax.data.pipeline import TOKENIZER_FILE
 from unigist_jax.evals import perplexity, plots, recall
-from unigist_jax.inference.methods import METHODS
 from unigist_jax.inference.prefill import check_chunk_size
 from unigist_jax.layout import GistLayout
 from unigist_jax.training.checkpoint import load_trained
 
 SUITES = ("perplexity", "boundary", "recall")
+METHODS = ("unigist", "full")
 
 _WORKDIR = define_workdir()
 _SUITE = flags.DEFINE_list("suite", list(SUITES), f"which of {', '.join(SUITES)}, comma-separated")

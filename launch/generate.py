@@ -14,6 +14,7 @@ from launch.flags import define_workdir, run_main
 from unigist_jax.data import StreamDecoder, Tokenizer
 from unigist_jax.data.pipeline import TOKENIZER_FILE
 from unigist_jax.inference import Sampling, full_cache_bytes, generate
+from unigist_jax.inference.methods import METHODS
 from unigist_jax.training.checkpoint import load_trained
 
 _WORKDIR = define_workdir()
@@ -27,7 +28,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "seed of the sampling")
 _STOP_TOKENS = flags.DEFINE_multi_integer("stop_token", None, "token id that ends a text, beside the end of text")
 _CHUNK_SIZE = flags.DEFINE_integer("chunk_size", None, "raws of a prefill chunk, a multiple of the ratio")
 _CAPACITY = flags.DEFINE_integer("capacity", None, "raws that the cache can hold (default: what this call needs)")
-_METHOD = flags.DEFINE_string("method", None, "unigist or full (default: as the run was trained)")
+_METHOD = flags.DEFINE_string("method", None, f"one of {', '.join(METHODS)} (default: as the run was trained)")
 
 
 def main(_: list[str]) -> None:

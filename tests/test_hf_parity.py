@@ -1,6 +1,5 @@
 """transformers as the oracle of the model: logits and gradients, plain and with the UniGist mask handed to it."""
 
-import dataclasses
 import functools
 
 import jax
@@ -8,39 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from brute_force import interleaved_mask, interleaved_positions, interleaved_tokens
-from hf_models import CONFIG, LAYOUT, SCALING
+from hf_models import CONFIG, LAYOUT, transformers_llama
 
 from unigist_jax.layout import document_starts
 from unigist_jax.model.hf import load_hf, save_hf
-from unigist_jax.model.hf_config import config_to_hf
 
 
 def assert_close(got, expected, relative=1e-5):
     """Equal to `relative` of the largest expected magnitude."""
     expected = np.asarray(expected)
     np.testing.assert_allclose(np.asarray(got), expected, rtol=0, atol=relative * np.abs(expected).max())
-
-
-def transformers_llama(tied=False, scaled=True):
-    """A random Llama of transformers of the sizes of `CONFIG`, with weights large enough that attention is not flat."""
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    hf = config_to_hf(dataclasses.replace(CONFIG, tie_embeddings=tied))
-    rope = SCALING if scaled else {"rope_type": "default"}
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
-    names += ("num_key_value_heads", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings")
-    config = transformers.LlamaConfig(
-        **{name: hf[name] for name in names},
-        rope_parameters={"rope_theta": 10_000.0, **rope},
-        initializer_range=0.25,
-        attn_implementation="eager",
-    )
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config).float().eval()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "norm" in name:
-                weight.uniform_(0.5, 1.5)
-    return model
 
 
 def random_tokens(shape):

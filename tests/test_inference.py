@@ -146,7 +146,7 @@ def test_full_attention_decodes_as_it_reads():
         got, cache = jax.jit(full_attention.decode_logits)(model, cache, jnp.asarray(tokens[lengths + step], jnp.int32))
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", ["full", "unigist"])
 def test_a_ragged_batch_generates_what_each_prompt_does_alone(method):
     layout = LAYOUTS[0]
     tokens, _ = one_pass(layout, 5)
@@ -185,7 +185,7 @@ def test_generate_streams_stops_and_repeats_by_seed():
     assert ended.stopped[0] and ended.tokens[0] == first.tokens[0][: first.tokens[0].index(stop)]
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", ["full", "unigist"])
 def test_questions_behind_one_context_are_one_pass(method):
     """A context is read once; ragged questions, an answer, and a second round of questions read on from its cache."""
     layout = LAYOUTS[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from unigist_jax.baselines import full_attention
+from unigist_jax.baselines import adakv, compressed, full_attention, pyramidkv, snapkv, streaming_llm
 from unigist_jax.inference import decode, prefill
 from unigist_jax.model import Llama
 
@@ -20,6 +20,12 @@ class Method(NamedTuple):
 METHODS = {
     "unigist": Method(prefill.prefill, decode.decode_logits),
     "full": Method(full_attention.prefill, full_attention.decode_logits),
+    # training-free, for models of full attention
+    "streaming_llm": Method(streaming_llm.prefill_in_place, compressed.decode_logits),
+    "streaming_llm_renumbered": Method(streaming_llm.prefill_renumbered, compressed.decode_logits),
+    "snapkv": Method(snapkv.prefill, compressed.decode_logits),
+    "pyramidkv": Method(pyramidkv.prefill, compressed.decode_logits),
+    "adakv": Method(adakv.prefill, compressed.decode_logits),
 }
 
 
