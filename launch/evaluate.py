@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import functools
 import json
-from pathlib import Path
 
 from absl import flags
 from tqdm import tqdm
 
 from launch.flags import define_workdir, output_directory, run_main
-from unigist_jax.data import RECALL_KINDS, Tokenizer
+from unigist_jax.checkpoints import load_directory
+from unigist_jax.data import RECALL_KINDS
 from unigist_jax.data.corpus import load_documents
 from unigist_jax.data.from_config import recall_filler, spread_rows, text_rows
-from unigist_jax.data.pipeline import TOKENIZER_FILE
 from unigist_jax.evals import perplexity, plots, recall
 from unigist_jax.inference.prefill import check_chunk_size
 from unigist_jax.layout import GistLayout
-from unigist_jax.training.checkpoint import load_trained
 
 SUITES = ("perplexity", "boundary", "recall")
 METHODS = ("unigist", "full")
@@ -48,10 +46,10 @@ def main(_: list[str]) -> None:
         unknown = sorted(set(chosen or ()) - set(known))
         if unknown:
             raise ValueError(f"--{name}: unknown {unknown}; choose among {sorted(known)}")
-    run, model, step = load_trained(_WORKDIR.value)
-    tokenizer = Tokenizer.load(Path(_WORKDIR.value) / TOKENIZER_FILE)
-    ratio = _RATIO.value or run.gist.ratio
-    layout = GistLayout(ratio, run.gist.num_sinks, -(-run.gist.window // ratio) * ratio)
+    loaded = load_directory(_WORKDIR.value)
+    model, own = loaded.model, loaded.model.layout
+    ratio = _RATIO.value or own.ratio
+    layout = GistLayout(ratio, own.num_sinks, -(-own.window // ratio) * ratio)
     if {"boundary", "recall"} & set(_SUITE.value):
         layout.num_units(_LENGTH.value)
         check_chunk_size(_CHUNK_SIZE.value, layout)
@@ -61,10 +59,10 @@ def main(_: list[str]) -> None:
             "give a longer length or a smaller chunk"
         )
     directory = output_directory(_OUTPUT.value, _WORKDIR.value, "eval")
-    setting = {"workdir": _WORKDIR.value, "step": step, "ratio": layout.ratio, "window": layout.window}
+    setting = {"workdir": _WORKDIR.value, "step": loaded.step, "ratio": layout.ratio, "window": layout.window}
     suites = {"perplexity": _perplexity, "boundary": _boundary, "recall": _recall}
     for suite in _SUITE.value:
-        result = setting | suites[suite](run, model, tokenizer, layout, directory)
+        result = setting | suites[suite](loaded.data, model, loaded.tokenizer, layout, directory)
         (directory / f"{suite}.json").write_text(json.dumps(result, indent=2) + "\n")
         print(f"wrote {directory / suite}.json")
 
@@ -73,8 +71,8 @@ def _attention(method: str) -> str:
     return "full" if method == "full" else "gist"
 
 
-def _perplexity(run, model, tokenizer, layout, directory) -> dict:
-    rows = spread_rows(text_rows(run.data, layout, tokenizer, "heldout"), _ROWS.value)
+def _perplexity(data, model, tokenizer, layout, directory) -> dict:
+    rows = spread_rows(text_rows(data, layout, tokenizer, "heldout"), _ROWS.value)
     results = {}
     for method in _METHOD.value:
         attention = _attention(method)
@@ -86,8 +84,7 @@ def _perplexity(run, model, tokenizer, layout, directory) -> dict:
     return {"methods": results}
 
 
-def _boundary(run, model, tokenizer, layout, directory) -> dict:
-    data = run.data
+def _boundary(data, model, tokenizer, layout, directory) -> dict:
     texts = load_documents(
         data.source, split="heldout", heldout_fraction=data.heldout_fraction, max_documents=data.max_documents
     )["text"]
@@ -116,17 +113,17 @@ def _boundary(run, model, tokenizer, layout, directory) -> dict:
     return {"chunk_size": chunk, "documents": len(documents), "length": _LENGTH.value, "methods": results}
 
 
-def _recall(run, model, tokenizer, layout, directory) -> dict:
-    filler = recall_filler(run.data, "heldout")
+def _recall(data, model, tokenizer, layout, directory) -> dict:
+    filler = recall_filler(data, "heldout")
     results, summaries = {}, {}
-    for kind in _KINDS.value or run.data.recall_kinds.split(","):
+    for kind in _KINDS.value or data.recall_kinds.split(","):
         records = recall.make_records(
             tokenizer,
             kind=kind,
             length=_LENGTH.value,
             count=_RECORDS.value,
             filler=filler,
-            digits=run.data.recall_digits,
+            digits=data.recall_digits,
         )
         for method in _METHOD.value:
             name = f"{kind}, {method}"

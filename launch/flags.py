@@ -54,8 +54,9 @@ def _fail(error: object) -> NoReturn:
 
 
 def define_workdir() -> flags.FlagHolder[str]:
-    """The --workdir flag of commands that read a trained run."""
-    return flags.DEFINE_string("workdir", None, "work directory of a run trained by launch.train", required=True)
+    """The --workdir flag of commands that read a trained model."""
+    text = "work directory of launch.train, or directory of a Hugging Face Llama"
+    return flags.DEFINE_string("workdir", None, text, required=True)
 
 
 def output_directory(value: str | None, workdir: str, name: str) -> Path:

@@ -2,6 +2,7 @@
 
 python -m launch.generate --workdir=runs/tiny --prompt="def main(argv):" --max_new_tokens=100
 python -m launch.generate --workdir=runs/tiny --prompt_file=long.py --temperature=0.8 --top_p=0.95
+python -m launch.generate --workdir=path/to/hf_llama --chat --prompt="Who are you?"
 """
 
 from __future__ import annotations
@@ -11,15 +12,16 @@ from pathlib import Path
 from absl import flags
 
 from launch.flags import define_workdir, run_main
+from unigist_jax.checkpoints import load_directory
 from unigist_jax.data import StreamDecoder, Tokenizer
-from unigist_jax.data.pipeline import TOKENIZER_FILE
 from unigist_jax.inference import Sampling, full_cache_bytes, generate
 from unigist_jax.inference.methods import METHODS
-from unigist_jax.training.checkpoint import load_trained
 
 _WORKDIR = define_workdir()
 _PROMPT = flags.DEFINE_multi_string("prompt", None, "text to continue; give it again for a batch of prompts")
 _PROMPT_FILE = flags.DEFINE_multi_string("prompt_file", None, "file whose text to continue; likewise")
+_CHAT = flags.DEFINE_bool("chat", False, "give each text as a user's message, by the tokenizer's chat template")
+_SYSTEM = flags.DEFINE_string("system", None, "with --chat: the system message")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "tokens to generate", lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0: the most likely token each time")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "sample among the k most likely tokens; 0: among all")
@@ -37,9 +39,9 @@ def main(_: list[str]) -> None:
     if not texts:
         raise ValueError("nothing to continue; give --prompt or --prompt_file")
     sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
-    _, model, step = load_trained(_WORKDIR.value)
-    tokenizer = Tokenizer.load(Path(_WORKDIR.value) / TOKENIZER_FILE)
-    prompts = [tokenizer.encode(text, bos=True).tolist() for text in texts]
+    loaded = load_directory(_WORKDIR.value)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    prompts = [_prompt(tokenizer, text) for text in texts]
     decoders = [StreamDecoder(tokenizer) for _ in prompts]
 
     def show(sequence: int, token: int) -> None:
@@ -51,7 +53,7 @@ def main(_: list[str]) -> None:
         prompts,
         max_new_tokens=_MAX_NEW_TOKENS.value,
         sampling=sampling,
-        stop_tokens=[tokenizer.eos_id, *(_STOP_TOKENS.value or [])],
+        stop_tokens=[*tokenizer.stop_ids, *(_STOP_TOKENS.value or [])],
         seed=_SEED.value,
         chunk_size=_CHUNK_SIZE.value,
         capacity=_CAPACITY.value,
@@ -67,11 +69,21 @@ def main(_: list[str]) -> None:
     capacity = result.cache.capacity
     full = full_cache_bytes(model.config, capacity, len(prompts))
     print(
-        f"\n[step {step}; prompts of {', '.join(str(len(p)) for p in prompts)} tokens, "
+        f"\n[{loaded.origin}; prompts of {', '.join(str(len(p)) for p in prompts)} tokens, "
         f"{sum(map(len, result.tokens))} generated]\n"
         f"[KV cache for {capacity} tokens a sequence: {result.cache.nbytes:,} bytes; "
         f"full attention would hold {full:,} ({full / result.cache.nbytes:.2f}x)]"
     )
+
+
+def _prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids that the model continues."""
+    if not _CHAT.value:
+        return tokenizer.encode(text, bos=True).tolist()
+    messages = [{"role": "user", "content": text}]
+    if _SYSTEM.value:
+        messages.insert(0, {"role": "system", "content": _SYSTEM.value})
+    return tokenizer.encode_chat(messages).tolist()
 
 
 if __name__ == "__main__":

@@ -270,3 +270,22 @@ def test_generate_streams_text_and_tells_the_cache(command, trained):
     per_token = 2 * 2 * 2 * 8 * 4
     held, full = (2 + 16 + 16) * per_token, 64 * per_token
     assert f"{held:,} bytes; full attention would hold {full:,} ({full / held:.2f}x)" in report
+
+
+def test_a_converted_model_says_the_same(command, trained, tmp_path):
+    """A run, the Hugging Face directory made of it, and what both generate."""
+    output = tmp_path / "hf"
+    convert = f"--input={trained[0]}", f"--output={output}", "--max_shard_gb=1e-5", "--platform=cpu"
+    finished = command("convert", *convert)
+    assert finished.code == 0, finished.err
+    assert f"wrote {output}: " in finished.out and "GistLayout(ratio=4, num_sinks=2, window=8)" in finished.out
+    assert len(list(output.glob("model-*.safetensors"))) > 2
+    said = []
+    for origin in (trained[0], output):
+        flags = "--prompt=document 7", "--max_new_tokens=9", "--chunk_size=4", "--platform=cpu"
+        finished = command("generate", f"--workdir={origin}", *flags)
+        assert finished.code == 0, finished.err
+        said.append(finished.out.split("\n[")[0])
+    assert said[0].strip() and said[0] == said[1]
+    assert "Hugging Face weights" in finished.out
+    assert_refused(command("convert", *convert), f"--output={output} holds a model already")

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unigist_jax.data import tokenize
+from unigist_jax.data import sentencepiece_tokenizer
 from unigist_jax.data.tokenize import StreamDecoder, Tokenizer
 
 SOURCE = inspect.getsource(argparse)
@@ -71,7 +71,7 @@ def test_the_same_texts_give_the_same_file(path, tokenizer, tmp_path):
 
 
 def test_a_sample_of_long_training_data_covers_all_of_it(monkeypatch, tmp_path):
-    monkeypatch.setattr(tokenize, "MAX_LINES", 300)
+    monkeypatch.setattr(sentencepiece_tokenizer, "MAX_LINES", 300)
     texts = ["first words\n" * 10] * 300 + ["later zyzzyva\n" * 10] * 300
     tokenizer = Tokenizer.train(texts, 300, tmp_path / "tokenizer.model")
     assert len(tokenizer.encode("zyzzyva")) < 5

@@ -28,7 +28,8 @@ class DataConfig:
     Attributes:
       source: "stdlib" (the Python standard library's sources), or comma-separated .txt, .jsonl, .parquet files, folders
         or globs.
-      tokenizer: a sentencepiece model file; empty: one of `vocab_size` pieces is trained, and kept in the workdir.
+      tokenizer: a sentencepiece model, a Hugging Face tokenizer.json, or a directory with one; empty: that of the
+        checkpoint to begin with, if there is one, else one of `vocab_size` pieces is trained. Kept in the workdir.
       vocab_size: pieces of that tokenizer.
       row_length: raws of a packed row, a multiple of the ratio.
       heldout_fraction: share of the documents kept out of training, for evaluation.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ import numpy as np
 from unigist_jax.config import DataConfig
 from unigist_jax.data.corpus import load_documents
 from unigist_jax.data.pack import PackedRows
-from unigist_jax.data.pipeline import TOKENIZER_FILE, load_or_train_tokenizer, prepare_recall_rows, prepare_rows
+from unigist_jax.data.pipeline import load_or_train_tokenizer, prepare_recall_rows, prepare_rows
 from unigist_jax.data.tokenize import Tokenizer
 from unigist_jax.layout import GistLayout
 
@@ -19,7 +18,6 @@ FILLER_DOCUMENTS = 200
 
 def run_tokenizer(workdir: Path, data: DataConfig) -> Tokenizer:
     """The run's tokenizer, kept in its work directory: a copy of `data.tokenizer`, or one trained on the corpus."""
-    kept = Path(workdir) / TOKENIZER_FILE
     if not data.tokenizer:
         return load_or_train_tokenizer(
             workdir,
@@ -29,12 +27,14 @@ def run_tokenizer(workdir: Path, data: DataConfig) -> Tokenizer:
             max_documents=data.max_documents,
         )
     tokenizer = Tokenizer.load(data.tokenizer)
-    if not kept.exists():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(data.tokenizer, kept)
-    elif Tokenizer.load(kept).fingerprint != tokenizer.fingerprint:
+    try:
+        kept = Tokenizer.load(workdir)
+    except FileNotFoundError:
+        tokenizer.save(workdir)
+        return tokenizer
+    if kept.fingerprint != tokenizer.fingerprint:
         raise ValueError(
-            f"{kept} is another tokenizer than data.tokenizer={data.tokenizer}; use another work directory"
+            f"{workdir} holds another tokenizer than data.tokenizer={data.tokenizer}; use another work directory"
         )
     return tokenizer
 

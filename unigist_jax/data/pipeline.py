@@ -16,14 +16,13 @@ import numpy as np
 from unigist_jax.data.corpus import load_documents
 from unigist_jax.data.pack import PackedRows, pack_documents
 from unigist_jax.data.recall import RECALL_KINDS, paragraphs, recall_record
-from unigist_jax.data.tokenize import Tokenizer
+from unigist_jax.data.tokenize import SENTENCEPIECE_FILE, Tokenizer
 from unigist_jax.layout import GistLayout
 
 if TYPE_CHECKING:
     import grain
 
 Batch = dict[str, np.ndarray]
-TOKENIZER_FILE = "tokenizer.model"
 
 
 class TrainData:
@@ -140,7 +139,7 @@ def load_or_train_tokenizer(
       ValueError: if the kept tokenizer has another `vocab_size` or is damaged; and whatever `load_documents` and
         `Tokenizer.train` raise.
     """
-    path = Path(workdir) / TOKENIZER_FILE
+    path = Path(workdir) / SENTENCEPIECE_FILE
     if not path.exists():
         documents = load_documents(
             source, split="train", heldout_fraction=heldout_fraction, max_documents=max_documents

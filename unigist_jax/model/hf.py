@@ -1,8 +1,8 @@
 """Weights in and out of Hugging Face directories: config.json and safetensors, whole or in shards.
 
 Reading is lazy: every file is opened and every name, shape and dtype checked before the first weight is read, and then
-each device reads its own shard only. Names and layouts of the tensors are in `hf_weights.py`, config.json is in
-`hf_config.py`.
+each device reads its own shard only, tensor by tensor. Names and layouts of the tensors are in `hf_weights.py`,
+config.json is in `hf_config.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -148,18 +148,30 @@ def _array(
     return jax.make_array_from_callback(shape, sharding, block)
 
 
-def _stored_parameter(path: str, leaf: Any, tensors: dict[str, tuple[Path, Any]], index: tuple[slice, ...]):
-    """`parameter[index]` from the files, of the leaf's dtype."""
-    weight = HF_WEIGHTS[path]
+def _stored_parameter(
+    path: str, leaf: Any, sharding: NamedSharding | None, tensors: dict[str, tuple[Path, Any]]
+) -> jax.Array:
+    """A parameter from the files. The layers of a stacked one reach the devices one after the other, so that the host
+    never holds more than the largest tensor of the files (and less where devices take parts of it)."""
     names, shape = names_and_shape(path, leaf.shape)
-    parts = [tensors[name][1] for name in names]
+
+    def one_layer(name: str, sharding: NamedSharding | None) -> jax.Array:
+        _, stored = tensors[name]
+        return _array(shape, sharding, lambda index: HF_WEIGHTS[path].read(stored, shape, index).astype(leaf.dtype))
+
     if not is_stacked(path):
-        return weight.read(parts[0], shape, index).astype(leaf.dtype)
-    layers, index = parts[index[0]], index[1:]
-    out = np.empty((len(layers), *(i.stop - i.start for i in index)), leaf.dtype)
-    for layer, stored in enumerate(layers):
-        out[layer] = weight.read(stored, shape, index)
-    return out
+        return one_layer(names[0], sharding)
+    layer_sharding = sharding and NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    stack = jax.jit(partial(jnp.zeros, leaf.shape, leaf.dtype), out_shardings=sharding)()
+    for index, name in enumerate(names):
+        stack = jax.block_until_ready(_with_layer(stack, one_layer(name, layer_sharding), index))
+    return stack
+
+
+@partial(jax.jit, donate_argnames=("stack",))
+def _with_layer(stack: jax.Array, layer: jax.Array, index: int | jax.Array) -> jax.Array:
+    """`stack` [L, …] with a layer filled in, in place."""
+    return jax.lax.dynamic_update_index_in_dim(stack, layer, index, 0)
 
 
 def _new_parameter(
@@ -251,10 +263,10 @@ def load_hf(
         arrays = []
         for (path, leaf), sharding in zip(parameters.items(), shardings, strict=True):
             if path in new:
-                read = partial(_new_parameter, path, leaf, config, seed, tensors)
+                drawn = partial(_new_parameter, path, leaf, config, seed, tensors)
+                arrays.append(_array(leaf.shape, sharding, drawn))
             else:
-                read = partial(_stored_parameter, path, leaf, tensors)
-            arrays.append(_array(leaf.shape, sharding, read))
+                arrays.append(_stored_parameter(path, leaf, sharding, tensors))
     return jax.tree.unflatten(treedef, arrays)
 
 
@@ -301,34 +313,30 @@ def _split_into_files(tensors: list[_Tensor], max_bytes: int) -> dict[str, list[
 
 
 def save_hf(
-    model: Llama,
-    directory: str | os.PathLike,
-    *,
-    max_shard_bytes: int = 5_000_000_000,
-    tokenizer_file: str | os.PathLike | None = None,
+    model: Llama, directory: str | os.PathLike, *, max_shard_bytes: int = 5_000_000_000, gists: bool = True
 ) -> None:
     """Writes a model as a Hugging Face directory, which `load_hf` reads back to the bit and transformers loads.
 
     Everything is written under temporary names, then renamed, config.json last: an interrupted save leaves either what
-    was there or a directory without config.json, which `load_hf` refuses. Weights that were there are replaced.
+    was there or a directory without config.json, which `load_hf` refuses. Weights that were there are replaced; a
+    tokenizer is `Tokenizer.save`'s to write.
 
     Args:
       model: its parameters' dtype is the dtype of the files.
       directory: made if absent.
       max_shard_bytes: bytes of tensors in one file; more than that are split over several, with an index.
-      tokenizer_file: copied beside the weights, under its own name.
+      gists: False leaves gist and sink embeddings and the layout out: a plain Llama checkpoint.
 
     Raises:
-      FileNotFoundError: if `tokenizer_file` is absent.
       ValueError: if `max_shard_bytes` is not positive, or the parameters are spread over several processes.
     """
     directory = Path(directory)
     leaves = jax.tree_util.tree_leaves_with_path(model)
     parameters = {parameter_path(path): leaf for path, leaf in leaves}
+    if not gists:
+        parameters = {path: leaf for path, leaf in parameters.items() if path not in GIST_PARAMETERS}
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes={max_shard_bytes} must be positive")
-    if tokenizer_file is not None and not Path(tokenizer_file).is_file():
-        raise FileNotFoundError(f"tokenizer_file={os.fspath(tokenizer_file)!r} is absent: name a file that is there")
     if not all(array.is_fully_addressable for array in parameters.values()):
         raise ValueError("the parameters are spread over several processes: restore them in one, and save there")
     directory.mkdir(parents=True, exist_ok=True)
@@ -350,10 +358,8 @@ def save_hf(
             total = sum(tensor.num_bytes for tensors in files.values() for tensor in tensors)
             weight_map = {tensor.name: name for name, tensors in files.items() for tensor in tensors}
             _write_json(temporary(INDEX_FILE), {"metadata": {"total_size": total}, "weight_map": weight_map})
-        if tokenizer_file is not None:
-            shutil.copyfile(tokenizer_file, temporary(Path(tokenizer_file).name))
         config_file = temporary(CONFIG_FILE)
-        _write_json(config_file, config_to_hf(config, model.layout))
+        _write_json(config_file, config_to_hf(config, model.layout if gists else None))
         for source in written:  # safetensors lets only the owner read its files
             shutil.copymode(config_file, source)
         (directory / CONFIG_FILE).unlink(missing_ok=True)

@@ -75,6 +75,10 @@ class Checkpoints:
         }
         self._manager.save(step, args=ocp.args.Composite(**items))
 
+    def save_model(self, model: Llama, step: int) -> None:
+        """Saves a model alone, without an optimizer."""
+        self._manager.save(step, args=ocp.args.Composite(model=ocp.args.StandardSave(_named(model))))
+
     def restore(self, like: TrainState) -> TrainState:
         """The latest state, laid out like `like` (`unigist_jax.training.step.abstract_state`)."""
         step = self.latest_step()

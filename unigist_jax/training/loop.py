@@ -54,7 +54,8 @@ def train(
     Args:
       run: the config; a work directory holds exactly one.
       workdir: gets config, tokenizer, metrics and checkpoints; shared by all processes.
-      init_from: an HF checkpoint directory to begin with; None: random weights.
+      init_from: an HF checkpoint directory to begin with, whose tokenizer the run takes unless it names another;
+        None: random weights.
       teacher_from: an HF checkpoint directory of the same shape, for `train.distill_weight`; None: `init_from`.
       stop_at_step: saves and returns after this step, as a preempted job would; None: runs to the end.
       watch: what is shown and recorded besides `metrics.jsonl`.
@@ -70,6 +71,8 @@ def train(
     """
     workdir = Path(workdir)
     mesh = make_mesh(**dataclasses.asdict(run.mesh))
+    if init_from and not run.data.tokenizer:
+        run = dataclasses.replace(run, data=dataclasses.replace(run.data, tokenizer=init_from))
     tokenizer = _first_process_then_all(lambda: run_tokenizer(workdir, run.data))
     run = run.with_vocab_size(tokenizer.vocab_size)
     dataclasses.replace(run, mesh=MeshConfig(**mesh.shape))  # checks the sizes against the mesh that there is
