@@ -135,10 +135,9 @@ def choose(name: str | None, q, kv, layout, decode: bool = False) -> tuple[str, 
         return next(_able(q, kv, layout, decode))
     reason = BACKENDS[name].obstacle(target_device())
     if reason is None:
-        module = importlib.import_module(BACKENDS[name].module)
-        reason = _refusal(module, decode)(q, kv, layout)
+        reason = _refusal(name, q, kv, layout, decode)
     if reason is None:
-        return name, module
+        return name, importlib.import_module(BACKENDS[name].module)
     able = ", ".join(f'"{able}"' for able, _ in _able(q, kv, layout, decode))
     raise ValueError(f'backend="{name}" {reason}; here {able} or None can be used')
 
@@ -148,12 +147,14 @@ def target_device():
     return _TARGET.get() or jax.devices()[0]
 
 
-def _refusal(module: ModuleType, decode: bool) -> Callable[..., str | None]:
-    return module.decode_refusal if decode else module.refusal
+def _refusal(name: str, q, kv, layout, decode: bool) -> str | None:
+    if decode and layout.chunk and name not in ("blocked", "reference"):
+        return f"decodes with sliding windows only, not with chunks of {layout.chunk}"
+    module = importlib.import_module(BACKENDS[name].module)
+    return (module.decode_refusal if decode else module.refusal)(q, kv, layout)
 
 
 def _able(q, kv, layout, decode: bool) -> Iterator[tuple[str, ModuleType]]:
     for name in usable_backends():
-        module = importlib.import_module(BACKENDS[name].module)
-        if _refusal(module, decode)(q, kv, layout) is None:
-            yield name, module
+        if _refusal(name, q, kv, layout, decode) is None:
+            yield name, importlib.import_module(BACKENDS[name].module)

@@ -100,7 +100,8 @@ def decode_mask(
     unit = (raw_index // layout.ratio)[:, None]
     gist = jnp.arange(num_gists)
     held = ring_raw_index(raw_index, slots)
-    raws = held >= jnp.maximum(0, unit - layout.window_units) * layout.ratio
+    reach = unit % (layout.chunk // layout.ratio) if layout.chunk else layout.window_units
+    raws = held >= jnp.maximum(0, unit - reach) * layout.ratio
     sinks = jnp.ones((raw_index.shape[0], num_sinks), bool)
     rows = [jnp.concatenate([sinks, gists, raws], axis=-1) for gists in (gist < unit, gist <= unit)]
     return jnp.stack(rows, axis=1)

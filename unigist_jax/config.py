@@ -14,6 +14,7 @@ from typing import Any
 from unigist_jax.context import Placement
 from unigist_jax.layout import GistLayout
 from unigist_jax.model import LlamaConfig, RopeScaling
+from unigist_jax.model.summaries import check_summaries
 
 
 def _require(condition: bool, message: str) -> None:
@@ -200,6 +201,8 @@ class RunConfig:
             "context parallelism; use fsdp or tensor",
         )
         self.layouts()
+        if self.model.attention == "autocompressors":
+            check_summaries(self.gist)
         if self.mesh.context > 1:
             _require(
                 self.model.attention == "gist",
@@ -213,7 +216,8 @@ class RunConfig:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> RunConfig:
         """Checks a (nested) config and freezes it. Raises ValueError for unknown or missing fields and bad values."""
-        _check_fields("", config, set(_SECTIONS), set(_SECTIONS))
+        _check_fields("", config, {*_SECTIONS, "method"}, set(_SECTIONS))
+        config = with_method(config)
         return cls(**{name: _build(name, kind, config[name]) for name, kind in _SECTIONS.items()})
 
     def layouts(self) -> tuple[GistLayout, ...]:
@@ -245,6 +249,38 @@ class RunConfig:
         return dataclasses.replace(self, model=dataclasses.replace(self.model, vocab_size=asked or vocab_size))
 
 
+TRAINED_METHODS = {  # name: model.attention
+    "unigist": "gist",
+    "full": "full",
+    "activation_beacon": "gist",
+    "autocompressors": "autocompressors",
+}
+METHOD_CHUNK = 2048  # raws of a chunk of the chunk-wise methods, where the config names none (UniGist's comparison)
+
+
+def with_method(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config with what its `method` implies written into `model` and `gist`; without one, as it is.
+
+    "unigist" and "full" have no chunks. "activation_beacon" and "autocompressors" have chunks of `gist.chunk`, and
+    "autocompressors" as many summary tokens a chunk as `gist.ratio` wants. Raises ValueError for an unknown method.
+    """
+    rest = {name: values for name, values in config.items() if name != "method"}
+    if config.get("method") is None:
+        return rest
+    method, known = config["method"], sorted(TRAINED_METHODS)
+    _require(method in TRAINED_METHODS, f"method={method!r} is not one that can be trained; choose one of {known}")
+    model, gist = dict(config["model"]), dict(config["gist"])
+    model["attention"] = TRAINED_METHODS[method]
+    if method in ("unigist", "full"):
+        gist["chunk"] = 0
+    else:
+        gist["chunk"] = gist["chunk"] or METHOD_CHUNK
+        gist["window"] = gist["chunk"] - gist["ratio"]
+    if method == "autocompressors":
+        gist["num_sinks"] = gist["chunk"] // gist["ratio"]
+    return {**rest, "model": model, "gist": gist}
+
+
 _SECTIONS = {
     "model": LlamaConfig,
     "gist": GistLayout,
@@ -263,6 +299,7 @@ def default_config() -> Any:
     defaults = {f.name: f.default for f in dataclasses.fields(LlamaConfig) if f.default is not dataclasses.MISSING}
     defaults["attention_backend"] = placeholder(str)  # None, yet a flag may set it
     config = {
+        "method": placeholder(str),  # None: what model.attention and gist say
         "model": {**defaults, **_TINY},
         "gist": dataclasses.asdict(GistLayout()),
         "data": dataclasses.asdict(DataConfig()),

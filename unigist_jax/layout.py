@@ -44,6 +44,8 @@ class GistLayout:
       ratio: raw tokens per gist, `r` >= 1.
       num_sinks: learned sink tokens in front of everything, `s` >= 0.
       window: raw tokens that stay visible before the current unit, `w` >= 0, a multiple of `ratio`.
+      chunk: 0, or raw tokens of a chunk, a multiple of `ratio`: a unit then sees the raws of its own chunk alone, and
+        not those of a sliding window (the chunk-wise methods). `window` is `chunk - ratio`, the most that it sees.
 
     Raises:
       ValueError: if one of them breaks its bound; the message names the value and the nearest legal one.
@@ -52,9 +54,10 @@ class GistLayout:
     ratio: int = 4
     num_sinks: int = 128
     window: int = 128
+    chunk: int = 0
 
     def __post_init__(self):
-        for name in ("ratio", "num_sinks", "window"):
+        for name in ("ratio", "num_sinks", "window", "chunk"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
                 raise TypeError(f"GistLayout.{name} must be an int, got {value!r} of type {type(value).__name__}")
@@ -67,6 +70,13 @@ class GistLayout:
             raise ValueError(
                 f"GistLayout.window={self.window} is not a non-negative multiple of ratio={self.ratio}; "
                 f"the nearest legal window is {nearest}"
+            )
+        if self.chunk < 0 or self.chunk % self.ratio or (self.chunk and self.window != self.chunk - self.ratio):
+            chunk = max(1, round(self.chunk / self.ratio)) * self.ratio
+            raise ValueError(
+                f"GistLayout.chunk={self.chunk} with window={self.window} and ratio={self.ratio}: a chunk is a "
+                f"multiple of the ratio, and its window is chunk - ratio; use chunk={chunk}, "
+                f"window={chunk - self.ratio}, or chunk=0"
             )
 
     @property
@@ -178,20 +188,26 @@ def unit_starts(
 ) -> UnitStarts:
     """First visible gist and first visible raw unit of each unit of a segment.
 
-    `gist_start[u] = d(u)` and `raw_start[u] = max(d(u), u - k)`, with `d` the first unit of u's document.
+    `gist_start[u] = d(u)` and `raw_start[u] = max(d(u), u - k)`, with `d` the first unit of u's document. With chunks,
+    `raw_start[u]` is the first unit of u's chunk, counted from `d(u)`.
 
     Args:
       layout: the layout.
       num_units: `U`, units of the segment (static).
       first_unit: unit at which the segment begins; an int or an int32 array [...].
       doc_start: int32 [..., U] for the segment's units, or None for one document from unit 0.
-      raw_start: int32 [..., U] to replace the sliding window by another first visible raw unit (the chunk windows of
-        chunk-wise methods); still cut at the document's start.
+      raw_start: int32 [..., U] to replace the sliding window or the chunks by another first visible raw unit; still cut
+        at the document's start.
     """
     xp = _namespace(first_unit, doc_start, raw_start)
     unit = xp.asarray(first_unit, dtype=np.int32)[..., None] + xp.arange(num_units, dtype=np.int32)
     begin = xp.zeros_like(unit) if doc_start is None else xp.asarray(doc_start, dtype=np.int32)
-    window = unit - layout.window_units if raw_start is None else xp.asarray(raw_start, dtype=np.int32)
+    if raw_start is not None:
+        window = xp.asarray(raw_start, dtype=np.int32)
+    elif layout.chunk:
+        window = unit - (unit - begin) % (layout.chunk // layout.ratio)
+    else:
+        window = unit - layout.window_units
     return UnitStarts(begin, xp.maximum(begin, window))
 
 

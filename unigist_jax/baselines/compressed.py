@@ -258,8 +258,8 @@ def kept_attention(
     slot = jnp.arange(kv.k.shape[1])
     kept_k, kept_v, kept_form = kv.k, kv.v, "bsd"
     if even:
-        slot = slot.reshape(heads, -1)
-        kept_k, kept_v = (x.reshape(x.shape[0], heads, -1, x.shape[-1]) for x in (kv.k, kv.v))
+        slot = slot.reshape(heads, len(slot) // heads)
+        kept_k, kept_v = (x.reshape(x.shape[0], *slot.shape, x.shape[-1]) for x in (kv.k, kv.v))
         kept_form = "bhsd"
     begin, end = kv.first[..., None], (kv.first + kv.count)[..., None]
     in_tail = jnp.arange(kv.tail_k.shape[1]) < tail_count[:, None]

@@ -5,9 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from unigist_jax.baselines import adakv, compressed, full_attention, pyramidkv, snapkv, streaming_llm
+from unigist_jax.baselines import (
+    activation_beacon,
+    adakv,
+    autocompressors,
+    compressed,
+    full_attention,
+    pyramidkv,
+    snapkv,
+    streaming_llm,
+)
 from unigist_jax.inference import decode, prefill
-from unigist_jax.model import Llama
+from unigist_jax.layout import GistLayout
+from unigist_jax.model import Llama, LlamaConfig
 
 
 class Method(NamedTuple):
@@ -20,6 +30,8 @@ class Method(NamedTuple):
 METHODS = {
     "unigist": Method(prefill.prefill, decode.decode_logits),
     "full": Method(full_attention.prefill, full_attention.decode_logits),
+    "activation_beacon": Method(activation_beacon.prefill, decode.decode_logits),
+    "autocompressors": Method(autocompressors.prefill, compressed.decode_logits),
     # training-free, for models of full attention
     "streaming_llm": Method(streaming_llm.prefill_in_place, compressed.decode_logits),
     "streaming_llm_renumbered": Method(streaming_llm.prefill_renumbered, compressed.decode_logits),
@@ -29,10 +41,17 @@ METHODS = {
 }
 
 
+def trained_method(config: LlamaConfig, layout: GistLayout) -> str:
+    """The name of the method that a model of this config and layout was trained for."""
+    if config.attention == "gist":
+        return "activation_beacon" if layout.chunk else "unigist"
+    return config.attention
+
+
 def get_method(name: str | None, model: Llama) -> Method:
-    """The method of that name; None: the one that the model's `attention` trains. Raises ValueError if unknown."""
+    """The method of that name; None: the one it was trained for. Raises ValueError if unknown."""
     if name is None:
-        name = "full" if model.config.attention == "full" else "unigist"
+        name = trained_method(model.config, model.layout)
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}; choose one of {sorted(METHODS)}")
     return METHODS[name]

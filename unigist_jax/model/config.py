@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 from pallas_kernels.backends import check_name
 
 DTYPES = ("float32", "bfloat16", "float16")
 REMAT_POLICIES = ("none", "full", "attention", "dots")
+Attention = Literal["gist", "full", "autocompressors"]
 GIST_INITS = ("normal", "mean", "tokens")
 
 
@@ -33,7 +34,8 @@ class LlamaConfig:
       max_position_embeddings: longest context the weights were made for; carried to and from HF, no bound here.
       rms_norm_eps: epsilon of RMSNorm.
       tie_embeddings: the head shares the embedding.
-      attention: "gist" (sinks, gists and a window of raws) or "full" (plain causal attention, no sinks, no gists).
+      attention: "gist" (sinks, gists and a window or a chunk of raws), "full" (plain causal attention, no sinks, no
+        gists) or "autocompressors" (summaries of chunks, `unigist_jax.model.summaries`).
       param_dtype, dtype: of the parameters and of the computation; norms, softmax and logits are float32.
       remat: what the backward pass recomputes of each layer: "none" (nothing), "dots" (all but attention and products),
         "attention" (all but attention and what goes into it), "full" (everything).
@@ -58,7 +60,7 @@ class LlamaConfig:
     max_position_embeddings: int = 131_072
     rms_norm_eps: float = 1e-5
     tie_embeddings: bool = False
-    attention: Literal["gist", "full"] = "gist"
+    attention: Attention = "gist"
     param_dtype: str = "float32"
     dtype: str = "bfloat16"
     remat: str = "none"
@@ -79,7 +81,7 @@ class LlamaConfig:
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"LlamaConfig.head_dim={self.head_dim} must be even: rotary embeddings turn pairs")
         for name, allowed in (
-            ("attention", ("gist", "full")),
+            ("attention", get_args(Attention)),
             ("param_dtype", DTYPES),
             ("dtype", DTYPES),
             ("remat", REMAT_POLICIES),

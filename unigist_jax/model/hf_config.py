@@ -104,12 +104,13 @@ def layout_from_hf(hf: dict[str, Any]) -> GistLayout | None:
     """The layout in the `unigist` entry of a parsed config.json, or None if there is no such entry.
 
     Raises:
-      ValueError: if the entry lacks a number, or holds one that `GistLayout` refuses.
+      ValueError: if the entry lacks a number (`chunk` may be missing), or holds one that `GistLayout` refuses.
     """
     entry = hf.get("unigist")
     if entry is None:
         return None
-    return GistLayout(**{name: _entry(entry, name, where="config.json's unigist entry") for name in _LAYOUT_FIELDS})
+    numbers = {name: _entry(entry, name, where="config.json's unigist entry") for name in _LAYOUT_FIELDS}
+    return GistLayout(**numbers, chunk=_entry(entry, "chunk", 0))
 
 
 def config_to_hf(config: LlamaConfig, layout: GistLayout | None = None) -> dict[str, Any]:
@@ -147,4 +148,6 @@ def config_to_hf(config: LlamaConfig, layout: GistLayout | None = None) -> dict[
     }
     if layout is not None:
         hf["unigist"] = {name: int(getattr(layout, name)) for name in _LAYOUT_FIELDS}
+        if layout.chunk:
+            hf["unigist"]["chunk"] = int(layout.chunk)
     return hf

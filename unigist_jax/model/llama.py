@@ -17,7 +17,6 @@ values once for all rows, and gradients reach them summed over the batch.
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +27,10 @@ from pallas_kernels.backends import RESIDUALS
 from unigist_jax.context import ONE_DEVICE, Placement
 from unigist_jax.layout import GistLayout, assemble_segment, segment_positions, sink_positions, split_segment
 from unigist_jax.model.attention import INPUTS, full_attention, placed_attention, sink_attention
-from unigist_jax.model.config import LlamaConfig
+from unigist_jax.model.config import Attention, LlamaConfig
 from unigist_jax.model.gist_init import initial_embeddings
-from unigist_jax.model.layers import DecoderLayer, RMSNorm, rotary
+from unigist_jax.model.layers import DecoderLayer, RMSNorm, Rotary, rotary
+from unigist_jax.model.summaries import summary_pass
 from unigist_jax.sharding import constrain
 
 _named_attention = jax.checkpoint_policies.save_only_these_names(INPUTS, RESIDUALS)
@@ -83,7 +83,7 @@ class Llama(nnx.Module):
         tokens: Int[Array, "B T"],
         doc_start: Int[Array, "B U"] | None = None,
         *,
-        attention: Literal["gist", "full"] | None = None,
+        attention: Attention | None = None,
         layout: GistLayout | None = None,
     ) -> Float[Array, "B T V"]:
         """Logits of the next token at every raw, float32, in one pass. Arguments as for `hidden_states`."""
@@ -94,7 +94,7 @@ class Llama(nnx.Module):
         tokens: Int[Array, "B T"],
         doc_start: Int[Array, "B U"] | None = None,
         *,
-        attention: Literal["gist", "full"] | None = None,
+        attention: Attention | None = None,
         layout: GistLayout | None = None,
         placement: Placement = ONE_DEVICE,
     ) -> Float[Array, "B T E"]:
@@ -103,7 +103,7 @@ class Llama(nnx.Module):
         Args:
           tokens: raw tokens of whole units.
           doc_start: first unit of each unit's document, for packed rows; None for one document a row.
-          attention: "gist" or "full" in place of the config's.
+          attention: "gist", "full" or "autocompressors" in place of the config's.
           layout: another ratio or window than the model's own (the sinks must be the same).
           placement: of the rows on the mesh's context axis; `tokens` and the result are in placed order, `doc_start`
             is not.
@@ -113,14 +113,17 @@ class Llama(nnx.Module):
         """
         layout = self.checked_layout(layout)
         units = layout.num_units(tokens.shape[1])
-        if (attention or self.config.attention) == "full":
-            if placement.devices > 1:
-                raise ValueError(
-                    f"full attention has no context parallelism (context={placement.devices}); use fsdp or tensor"
-                )
+        attention = attention or self.config.attention
+        if attention != "gist" and placement.devices > 1:
+            raise ValueError(
+                f"attention={attention!r} has no context parallelism (context={placement.devices}); use fsdp or tensor"
+            )
+        if attention == "full":
             return self._full_pass(tokens, doc_start, layout)
         if doc_start is None:
             doc_start = jnp.zeros((tokens.shape[0], units), jnp.int32)
+        if attention == "autocompressors":
+            return summary_pass(self, tokens, doc_start, layout)
         return self._gist_pass(tokens, doc_start, layout, placement)
 
     def _gist_pass(self, tokens, doc_start, layout, placement):
@@ -149,12 +152,18 @@ class Llama(nnx.Module):
     def _full_pass(self, tokens, doc_start, layout):
         begin = None if doc_start is None else jnp.repeat(doc_start * layout.ratio, layout.ratio, axis=1)
         angles = rotary(self.config, jnp.arange(tokens.shape[1]) - (0 if begin is None else begin))
+        return self.causal_pass(self.embed(tokens), angles, begin)
+
+    def causal_pass(
+        self, x: Float[Array, "B P E"], angles: Rotary, begin: Int[Array, "B P"] | None = None
+    ) -> Float[Array, "B P E"]:
+        """Embeddings through all layers under causal attention; `begin`: the first position that each sees, None: 0."""
 
         def body(x, layer):
             x = constrain(x, "batch", None, None)
             return layer(x, angles, lambda q, k, v: (full_attention(q, k, v, begin), None))
 
-        return jax.lax.scan(self._remat(body), self.embed(tokens), self.layers)[0]
+        return jax.lax.scan(self._remat(body), x, self.layers)[0]
 
     def _remat(self, body):
         if self.config.remat == "none":

@@ -99,7 +99,8 @@ def resolve(base: Any, run: SweptRun) -> RunConfig:
         try:
             config.update_from_flattened_dict({field: value})
         except TypeError as error:
-            current = type(config[field.partition(".")[0]][field.partition(".")[2]]).__name__
+            section, _, key = field.rpartition(".")
+            current = type(config[section][key]).__name__ if section else "str"
             raise ValueError(f"run {run.name!r}: {field}={value!r} must be of type {current}") from error
     try:
         return RunConfig.from_dict(config.to_dict())
@@ -113,7 +114,8 @@ def override_flag(field: str, value: Any) -> str:
 
 
 def _check_field(config: Any, name: str, field: str) -> None:
-    fields = [f"{section}.{key}" for section, values in config.items() for key in values]
+    sections = {name: values for name, values in config.items() if hasattr(values, "keys")}
+    fields = [f"{section}.{key}" for section, values in sections.items() for key in values] + ["method"]
     if field in fields:
         return
     same = [known for known in fields if known.rpartition(".")[2] == field.rpartition(".")[2]]

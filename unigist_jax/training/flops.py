@@ -57,6 +57,14 @@ def causal_pairs(ratio: int, doc_start: Int[Array, "B U"]) -> Float[Array, ""]:
     return jnp.sum(ratio * ratio * before + ratio * (ratio + 1) / 2)
 
 
+def summary_windows(layout: GistLayout, num_raws: int) -> list[int]:
+    """Positions that AutoCompressors read for each chunk of a row; all its summaries, whatever the documents."""
+    starts = range(0, num_raws, layout.chunk)
+    own = [min(layout.chunk, num_raws - start) + layout.num_sinks for start in starts]
+    own[-1] -= layout.num_sinks  # the last chunk is not summarised
+    return [index * layout.num_sinks + size for index, size in enumerate(own)]
+
+
 def forward_flops(config: LlamaConfig, positions: int, raws: int, pairs: Any) -> Any:
     """One forward pass over `positions` positions of which `raws` reach the head, with so many pairs in a layer."""
     heads = config.num_heads + config.num_kv_heads
@@ -86,6 +94,10 @@ def step_flops(
     full = forward_flops(config, raws, raws, causal_pairs(layout.ratio, doc_start))
     if config.attention == "full":
         forward = full
+    elif config.attention == "autocompressors":
+        windows = summary_windows(layout, units * layout.ratio)
+        pairs = sum(window * (window + 1) / 2 for window in windows)
+        forward = forward_flops(config, batch * sum(windows), raws, batch * pairs)
     else:
         forward = forward_flops(config, raws + batch * units, raws, gist_pairs(layout, doc_start))
     return forward * (2 if frozen else 3) + (full if teacher else 0.0)
