@@ -3,28 +3,36 @@
     export XLA_PYTHON_CLIENT_PREALLOCATE=false     # PyTorch, which runs one of the peers, needs memory too
     python -m launch.bench_attention --out=DIR                                # DIR/bench_attention.{json,md,png}
     python -m launch.bench_attention --backends=triton --lengths=32768,131072 --peers=flex --out=DIR
+    python -m launch.bench_attention --render=docs/data/bench_attention.json --into=docs/benchmarks.md   # no GPU needed
 
 Peers, all with the same heads, sinks and window: jax's cuDNN causal attention on the T raws, folded cuDNN (sinks and
 gists alone) and PyTorch's FlexAttention with the gist-shifted block mask (launch/peers.py). Ceilings: a device copy,
-counting bytes read and written, and a bf16 matrix product. What a machine lacks is recorded with its reason. Times are
-medians of `--repeats` samples after warm-up (launch/timing.py). Correctness is the business of tests/test_kernels.py.
+counting bytes read and written, and a bf16 matrix product. Times are medians of `--repeats` samples after warm-up
+(launch/timing.py). Correctness is the business of tests/test_kernels.py.
+
+The JSON grows with every measurement. What fails, or no longer fits `--budget`, is recorded with its reason. Contexts
+above 128K cost as much as all the others, so they come last.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from absl import flags
 
-from launch import peers
+from launch import attention_report, peers
 from launch.flags import run_main
 from launch.timing import ceilings, milliseconds, normal, with_backward
 from pallas_kernels.backends import BACKENDS, choose, usable_backends
+from pallas_kernels.decode_attention import padded_slots
 from pallas_kernels.gist_attention import GistKV
 from unigist_jax.layout import GistLayout, unit_starts
 
@@ -38,12 +46,30 @@ SINKS = flags.DEFINE_integer("sinks", 128, "sinks")
 WINDOW = flags.DEFINE_integer("window", 128, "local window in raw tokens")
 REPEATS = flags.DEFINE_integer("repeats", 10, "timed samples of each case", lower_bound=1)
 PEERS = flags.DEFINE_list("peers", ["cudnn", "folded", "flex"], "which peers to time")
+FLEX_LENGTHS = flags.DEFINE_list(
+    "flex_lengths", ["32768", "131072"], "those of --lengths at which to time FlexAttention, which compiles for long"
+)
+SHAPES = flags.DEFINE_list(
+    "shapes", ["32x32x128", "32x8x64"], "further heads to time: query heads x KV heads x head dim; empty for none"
+)
+SHAPE_LENGTHS = flags.DEFINE_list("shape_lengths", ["32768", "131072"], "raw tokens of the further shapes")
 DECODE = flags.DEFINE_list("decode_batches", ["1", "16"], "batch sizes of the decoding step; empty for none")
 DECODE_CONTEXT = flags.DEFINE_integer("decode_context", 131072, "raws of context of the decoding step")
 DOCUMENTS = flags.DEFINE_integer("documents", 16, "packed documents in a 128K row at the first ratio; 0 for none")
+BUDGET = flags.DEFINE_integer("budget", 0, "seconds after which no further measurement begins; 0 for no limit")
 OUT = flags.DEFINE_string("out", "", "directory for the raw JSON, the tables and the plot")
+RENDER = flags.DEFINE_string("render", "", "raw JSON of an earlier run: print its tables and plot it beside, no timing")
+INTO = flags.DEFINE_string("into", "", "with --render, a Markdown file to put the tables into, between its two marks")
 
-PARTS = ("forward", "both")  # both: forward + backward
+LONG = 131072  # the row of the packed documents; longer contexts come last
+
+
+class Job(NamedTuple):
+    """One measurement: where it goes in the JSON, what tells it from the others there, and how to take it."""
+
+    kind: str
+    key: dict
+    measure: Callable[[], dict]
 
 
 def heads() -> peers.Heads:
@@ -51,15 +77,23 @@ def heads() -> peers.Heads:
     return peers.Heads(HEADS.value, KV_HEADS.value, DIM.value)
 
 
+def shape_of(text: str) -> peers.Heads:
+    """Heads written as in --shapes. Raises ValueError for anything else."""
+    sizes = text.split("x")
+    if len(sizes) != 3 or not all(x.isdecimal() for x in sizes):
+        raise ValueError(f"--shapes={text}: write query heads x KV heads x head dim, as in 32x8x128")
+    return peers.Heads(*map(int, sizes))
+
+
 def layout_of(ratio: int) -> GistLayout:
     """The flags' layout at a ratio."""
     return GistLayout(ratio, SINKS.value, WINDOW.value)
 
 
-def inputs(layout: GistLayout, num_units: int) -> tuple[jax.Array, GistKV, jax.Array]:
+def inputs(layout: GistLayout, num_units: int, shape: peers.Heads) -> tuple[jax.Array, GistKV, jax.Array]:
     """Queries, keys and values of a segment of one sequence, and a cotangent."""
-    kv_shape, raws = (KV_HEADS.value, DIM.value), num_units * layout.ratio
-    q_shape = (1, num_units + raws, HEADS.value, DIM.value)
+    kv_shape, raws = (shape.kv, shape.dim), num_units * layout.ratio
+    q_shape = (1, num_units + raws, shape.query, shape.dim)
     lengths = ((layout.num_sinks,), (1, num_units), (1, raws))
     kv = GistKV(*(normal(2 * i + j, *length, *kv_shape) for i, length in enumerate(lengths) for j in (0, 1)))
     return normal(7, *q_shape), kv, normal(8, *q_shape)
@@ -71,12 +105,12 @@ def attend(backend: str, layout: GistLayout, num_units: int, doc_start=None) -> 
     return lambda q, kv: choose(backend, q, kv, layout)[1].attend(q, kv, layout, 0, 0, starts)
 
 
-def exact_flops(layout: GistLayout, num_units: int) -> float:
+def exact_flops(layout: GistLayout, num_units: int, shape: peers.Heads) -> float:
     """Floating-point operations of the forward pass that no implementation can avoid."""
     r, u = layout.ratio, num_units
     gists = r * u * (u - 1) / 2 + u * (u + 1) / 2
     raws = u * (r * layout.window + r * (r + 1) / 2) + u * (layout.window + r)
-    return 4 * DIM.value * HEADS.value * (gists + raws + (r + 1) * u * layout.num_sinks)
+    return 4 * shape.dim * shape.query * (gists + raws + (r + 1) * u * layout.num_sinks)
 
 
 def first_line(error: Exception) -> str:
@@ -84,200 +118,160 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:120]
 
 
-def attempt(name: str, measure: Callable[[], tuple[float, float]]) -> dict:
-    """`NAME_forward` and `NAME_both`; or `NAME_reason`, since a peer that breaks must not take the others with it."""
-    try:
-        forward, both = measure()
-    except Exception as error:
-        return {f"{name}_reason": first_line(error)}
-    return {f"{name}_forward": forward, f"{name}_both": both}
-
-
-def flex(layout: GistLayout, num_units: int) -> tuple[float, float]:
-    """FlexAttention's times. Raises RuntimeError where it cannot run."""
-    times = peers.flex_times(layout, num_units, heads(), REPEATS.value)
-    if times.reason:
-        raise RuntimeError(times.reason)
-    return times.forward, times.both
-
-
-def bench_length(length: int, ratio: int, backends: list[str], causal: dict, matmul: float) -> dict:
-    """One row: ms of each backend and peer; each backend's speed-ups over cuDNN and share of the matrix rate."""
-    layout, units = layout_of(ratio), length // ratio
-    row = {"length": length, "ratio": ratio} | causal
-    flops = exact_flops(layout, units)
-    for backend in backends:
-        q, kv, cotangent = inputs(layout, units)
-        forward, both = with_backward(attend(backend, layout, units))
-        row[f"{backend}_forward"] = milliseconds(forward, q, kv, repeats=REPEATS.value)
-        row[f"{backend}_both"] = milliseconds(both, q, kv, cotangent, repeats=REPEATS.value)
-        row[f"{backend}_share_forward"] = flops / row[f"{backend}_forward"] / 1e9 / matmul
-        row[f"{backend}_share_both"] = 3.5 * flops / row[f"{backend}_both"] / 1e9 / matmul
-        del q, kv, cotangent
-    if "folded" in PEERS.value:
-        row |= attempt("folded", lambda: peers.folded_times(layout, units, heads(), REPEATS.value))
-    if "flex" in PEERS.value:
-        row |= attempt("flex", lambda: flex(layout, units))
+def time_backend(backend: str, layout: GistLayout, units: int, shape: peers.Heads, matmul: float, doc_start=None):
+    """Milliseconds of a backend, and its shares of the matrix rate where the row is one document."""
+    q, kv, cotangent = inputs(layout, units, shape)
+    forward, both = with_backward(attend(backend, layout, units, doc_start))
+    row = {
+        "forward": milliseconds(forward, q, kv, repeats=REPEATS.value),
+        "both": milliseconds(both, q, kv, cotangent, repeats=REPEATS.value),
+    }
+    if doc_start is None:
+        flops = exact_flops(layout, units, shape)
+        row["share_forward"] = flops / row["forward"] / 1e9 / matmul
+        row["share_both"] = 3.5 * flops / row["both"] / 1e9 / matmul
     return row
 
 
-def bench_documents(ratio: int, backend: str) -> dict:
-    """A 128K row packed with equal documents against one document of the same length."""
-    length = 131072
-    layout, units = layout_of(ratio), length // ratio
-    q, kv, cotangent = inputs(layout, units)
-    size = units // DOCUMENTS.value
-    doc_start = (jnp.arange(units, dtype=jnp.int32) // size * size)[None]
-    row = {"length": length, "ratio": ratio, "backend": backend, "documents": DOCUMENTS.value}
-    for name, starts in (("one", None), ("packed", doc_start)):
-        forward, both = with_backward(attend(backend, layout, units, starts))
-        row[f"{name}_forward"] = milliseconds(forward, q, kv, repeats=REPEATS.value)
-        row[f"{name}_both"] = milliseconds(both, q, kv, cotangent, repeats=REPEATS.value)
-    return row
-
-
-def bench_decode(batch: int, backend: str, copy_tb_s: float) -> dict:
-    """One decoding step: microseconds, and the share of the copy bandwidth on the cache's bytes."""
+def time_decode(batch: int, backend: str, copy_tb_s: float) -> dict:
+    """One decoding step: microseconds with all that the op does, and the cache's bytes over the copy's rate."""
     layout = layout_of(4)
-    gists, ring = DECODE_CONTEXT.value // layout.ratio, layout.window + layout.ratio
+    gists, ring = (padded_slots(n) for n in (DECODE_CONTEXT.value // layout.ratio, layout.window + layout.ratio))
     sets = 6 if batch == 1 else 1  # enough that no cache stays in L2
     caches = []
     for i in range(sets):
         lengths = ((layout.num_sinks,), (batch, gists), (batch, ring))
         kv = (normal(10 * i + j, *shape, KV_HEADS.value, DIM.value) for j, shape in enumerate(lengths) for _ in (0, 1))
         caches.append((normal(10 * i + 9, batch, 2, HEADS.value, DIM.value), GistKV(*kv)))
-    raw_index = jnp.full((batch,), gists * layout.ratio - 1, jnp.int32)
+    raw_index = jnp.full((batch,), DECODE_CONTEXT.value - 1, jnp.int32)
     module = choose(backend, *caches[0], layout, decode=True)[1]
     step = jax.jit(lambda caches: [module.decode(q, kv, layout, raw_index) for q, kv in caches])
     ms = milliseconds(step, caches, repeats=REPEATS.value) / sets
     tb_s = sum(x.nbytes for x in caches[0][1]) / ms / 1e9
-    return {"batch": batch, "backend": backend, "us": ms * 1e3, "tb_s": tb_s, "share_of_copy": tb_s / copy_tb_s}
+    return {"us": ms * 1e3, "tb_s": tb_s, "share_of_copy": tb_s / copy_tb_s}
 
 
-def tables(result: dict) -> str:
-    """The measurements as Markdown."""
-    lines = [f"{result['device']}, jax {result['jax']}, `{result['command']}`", ""]
-
-    def times(row, name):
-        both = [row.get(f"{name}_{part}") for part in PARTS]
-        return " / ".join(f"{x:.3g}" for x in both) if all(both) else row.get(f"{name}_reason", "")
-
-    shown = [name for name in ("cudnn", "folded", "flex") if name in result["peers"]]
-    for backend in result["backends"]:
-        lines += [
-            f"| raws | r | {backend} ms | {' | '.join(shown)} | over cuDNN | share of the matrix rate |",
-            "|---" * (5 + len(shown)) + "|",
-        ]
-        for row in result.get("lengths", []):
-            cells = [
-                f"{row['length'] // 1024}K",
-                str(row["ratio"]),
-                times(row, backend),
-                *(times(row, x) for x in shown),
-            ]
-            if "cudnn_both" in row:
-                cells.append(
-                    " / ".join(f"{row[f'cudnn_{x}'] / row[f'{backend}_{x}']:.2f}" for x in ("forward", "both"))
-                )
-            else:
-                cells.append("")
-            cells.append(" / ".join(f"{row[f'{backend}_share_{x}']:.0%}" for x in ("forward", "both")))
-            lines.append(f"| {' | '.join(cells)} |")
-        lines.append("")
-    if "decode" in result:
-        lines += ["| decode | batch | us | TB/s | of the copy |", "|---|---|---|---|---|"]
-        for row in result["decode"]:
-            cells = (
-                row["backend"],
-                row["batch"],
-                f"{row['us']:.1f}",
-                f"{row['tb_s']:.2f}",
-                f"{row['share_of_copy']:.0%}",
-            )
-            lines.append(f"| {' | '.join(map(str, cells))} |")
-        lines.append("")
-    for row in result.get("documents", []):
-        gains = (row[f"one_{x}"] / row[f"packed_{x}"] for x in PARTS)
-        lines.append(
-            f"{row['documents']} documents in {row['length'] // 1024}K, r={row['ratio']}, {row['backend']}: "
-            f"{' / '.join(f'{x:.1f}' for x in gains)} times as fast as one (forward / forward + backward)"
-        )
-    return "\n".join(lines) + "\n"
+def times(pair: tuple[float, float]) -> dict:
+    """A peer's times as a row."""
+    return {"forward": pair[0], "both": pair[1]}
 
 
-def plot(result: dict, path: Path) -> None:
-    """Speed-up over cuDNN causal attention, and share of the matrix rate, against length."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
-    for backend in result["backends"]:
-        for ratio in sorted({row["ratio"] for row in result["lengths"]}):
-            rows = [row for row in result["lengths"] if row["ratio"] == ratio]
-            lengths = [row["length"] // 1024 for row in rows]
-            for part, style in (("forward", "o-"), ("both", "s--")):
-                label = f"{backend} r={ratio} {'forward' if part == 'forward' else 'forward + backward'}"
-                if "cudnn_both" in rows[0]:
-                    left.plot(lengths, [r[f"cudnn_{part}"] / r[f"{backend}_{part}"] for r in rows], style, label=label)
-                right.plot(lengths, [r[f"{backend}_share_{part}"] for r in rows], style, label=label)
-    left.set(ylabel="speed-up over cuDNN causal")
-    right.set(ylabel="useful work over the measured matrix rate")
-    for axes in (left, right):
-        axes.set_xscale("log", base=2)
-        axes.set(xlabel="raw tokens (K)")
-    right.legend(fontsize="small")
-    figure.savefig(path, bbox_inches="tight", dpi=120)
-    pyplot.close(figure)
+def attention_jobs(length: int, ratios: list[int], shape: peers.Heads, backends, matmul: float) -> Iterator[Job]:
+    """Every contender but FlexAttention on one sequence of `length` raws."""
+    key = {"length": length} | shape._asdict()
+    if "cudnn" in PEERS.value:
+        yield Job("attention", {"what": "cudnn"} | key, lambda: times(peers.cudnn_times(length, shape, REPEATS.value)))
+    for ratio in ratios:
+        case, layout = key | {"ratio": ratio}, layout_of(ratio)
+        units = length // ratio
+        for backend in backends:
+            run = (time_backend, backend, layout, units, shape, matmul)
+            yield Job("attention", {"what": backend} | case, lambda run=run: run[0](*run[1:]))
+        if "folded" in PEERS.value and shape == heads():
+            run = (peers.folded_times, layout, units, shape, REPEATS.value)
+            yield Job("attention", {"what": "folded"} | case, lambda run=run: times(run[0](*run[1:])))
 
 
-def main(_: list[str]) -> None:
-    if jax.default_backend() != "gpu":
-        raise ValueError(f"this benchmark times GPU kernels; this is {jax.devices()[0].device_kind}")
+def document_jobs(ratio: int, backend: str, matmul: float) -> Iterator[Job]:
+    """A row packed with equal documents, and the same row as one document."""
+    layout, units = layout_of(ratio), LONG // ratio
+    size = units // DOCUMENTS.value
+    for documents in (1, DOCUMENTS.value):
+        packed = (jnp.arange(units, dtype=jnp.int32) // size * size)[None] if documents > 1 else None
+        run = (time_backend, backend, layout, units, heads(), matmul, packed)
+        key = {"what": backend, "length": LONG, "ratio": ratio, "documents": documents}
+        yield Job("documents", key, lambda run=run: run[0](*run[1:]))
+
+
+def all_jobs(backends: list[str], limits: dict) -> list[Job]:
+    """Every measurement that the flags ask for, in order."""
+    lengths, ratios, flex_lengths, shape_lengths = (
+        [int(x) for x in flag.value] for flag in (LENGTHS, RATIOS, FLEX_LENGTHS, SHAPE_LENGTHS)
+    )
+    matmul, jobs = limits["matmul_tflop_s"], []
+    for batch in map(int, DECODE.value):
+        for backend in backends:
+            run = (time_decode, batch, backend, limits["copy_tb_s"])
+            jobs.append(Job("decode", {"what": backend, "batch": batch}, lambda run=run: run[0](*run[1:])))
+    for length in lengths:
+        jobs += attention_jobs(length, ratios, heads(), backends, matmul)
+    if DOCUMENTS.value:
+        jobs += document_jobs(ratios[0], backends[0], matmul)
+    for length in flex_lengths if "flex" in PEERS.value else ():
+        for ratio in ratios:
+            key = {"what": "flex", "length": length, "ratio": ratio} | heads()._asdict()
+            run = (peers.flex_times, layout_of(ratio), length // ratio, heads(), REPEATS.value)
+            jobs.append(Job("attention", key, lambda run=run: times(run[0](*run[1:]))))
+    for shape in map(shape_of, SHAPES.value):
+        for length in shape_lengths:
+            jobs += attention_jobs(length, ratios, shape, backends, matmul)
+    return sorted(jobs, key=lambda job: job.key.get("length", 0) > LONG)
+
+
+def versions() -> dict[str, str]:
+    """Releases of what the figures depend on, as far as installed."""
+    found = {}
+    for name in ("jax", "jaxlib", "triton", "jax-triton", "torch"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def checked_backends() -> list[str]:
+    """Those of the flags. Raises ValueError for one that cannot run here, an unknown peer or a bad shape."""
     backends = BACKEND.value or usable_backends()[:1]
     for name in backends:
         if name not in usable_backends():
             reason = BACKENDS[name].obstacle(jax.devices()[0]) if name in BACKENDS else "is no backend"
             raise ValueError(f"--backends={name}: {reason}; usable here: {', '.join(usable_backends())}")
-    lengths, ratios = ([int(x) for x in flag.value] for flag in (LENGTHS, RATIOS))
     if unknown := set(PEERS.value) - {"cudnn", "folded", "flex"}:
         raise ValueError(f"--peers={','.join(sorted(unknown))}: choose among cudnn, folded, flex")
-    result = {
-        "command": " ".join(["python -m launch.bench_attention", *sys.argv[1:]]),
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "repeats": REPEATS.value,
-        "backends": backends,
-        "peers": PEERS.value,
-        "shape": heads()._asdict() | {"sinks": SINKS.value, "window": WINDOW.value},
-    }
+    for shape in SHAPES.value:
+        shape_of(shape)
+    return backends
+
+
+def main(_: list[str]) -> None:
+    if RENDER.value:
+        attention_report.write(Path(RENDER.value), Path(INTO.value) if INTO.value else None)
+        return
+    if jax.default_backend() != "gpu":
+        raise ValueError(f"this benchmark times GPU kernels; this is {jax.devices()[0].device_kind}")
+    begin = time.perf_counter()
+    backends = checked_backends()
     out = Path(OUT.value) if OUT.value else None
     if out:
         out.mkdir(parents=True, exist_ok=True)
-
-    def record(key, row):
-        result.setdefault(key, []).append(row)
-        print(key, " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
+    result = {
+        "command": " ".join(["python -m launch.bench_attention", *(x for x in sys.argv[1:] if "--out" not in x)]),
+        "device": jax.devices()[0].device_kind,
+        "versions": versions(),
+        "repeats": REPEATS.value,
+        "backends": backends,
+        "shape": heads()._asdict() | {"sinks": SINKS.value, "window": WINDOW.value},
+        "ceilings": ceilings(REPEATS.value),
+    }
+    print(result, flush=True)
+    for job in all_jobs(backends, result["ceilings"]):
+        start = time.perf_counter()
+        if BUDGET.value and start - begin > BUDGET.value:
+            row = {"reason": f"not begun within {BUDGET.value} s"}
+        else:
+            try:
+                row = job.measure()
+            except Exception as error:  # one that breaks must not take the others with it
+                row = {"reason": first_line(error)}
+        row = job.key | row | {"seconds": round(time.perf_counter() - start, 1)}
+        result.setdefault(job.kind, []).append(row)
+        print(job.kind, *(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
         if out:
-            (out / "bench_attention.json").write_text(json.dumps(result, indent=1))
-
-    record("ceilings", ceilings(REPEATS.value))
-    for batch in DECODE.value:
-        for backend in backends:
-            record("decode", bench_decode(int(batch), backend, result["ceilings"][0]["copy_tb_s"]))
-    for length in lengths:
-        causal = {}
-        if "cudnn" in PEERS.value:
-            causal = attempt("cudnn", lambda length=length: peers.cudnn_times(length, heads(), REPEATS.value))
-        for ratio in ratios:
-            record("lengths", bench_length(length, ratio, backends, causal, result["ceilings"][0]["matmul_tflop_s"]))
-    if DOCUMENTS.value:
-        record("documents", bench_documents(ratios[0], backends[0]))
-    print(tables(result))
+            (out / "bench_attention.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(attention_report.tables(result))
     if out:
-        (out / "bench_attention.md").write_text(tables(result))
-        plot(result, out / "bench_attention.png")
+        (out / "bench_attention.md").write_text(attention_report.tables(result))
+        attention_report.plot(result, out / "bench_attention.png")
 
 
 if __name__ == "__main__":

@@ -44,14 +44,6 @@ def folded_times(layout: GistLayout, num_units: int, heads: Heads, repeats: int 
     return cudnn_times(layout.num_sinks + num_units, folded, repeats)
 
 
-class FlexTimes(NamedTuple):
-    """Milliseconds of FlexAttention, or why there are none."""
-
-    forward: float | None = None
-    both: float | None = None
-    reason: str | None = None
-
-
 def gist_mask(layout: GistLayout, num_units: int):
     """FlexAttention's `mask_mod` of a segment of `num_units` units that is one document: METHOD's closed forms.
 
@@ -82,14 +74,17 @@ def flex_obstacle() -> str | None:
     return None if torch.cuda.is_available() else "torch finds no CUDA device"
 
 
-def flex_times(layout: GistLayout, num_units: int, heads: Heads, repeats: int = 10) -> FlexTimes:
+def flex_times(layout: GistLayout, num_units: int, heads: Heads, repeats: int = 10) -> tuple[float, float]:
     """Median milliseconds of compiled FlexAttention on one bf16 sequence: forward, and forward + backward.
 
     The block mask is built once, beforehand, and not timed.
+
+    Raises:
+      RuntimeError: where it cannot run, saying why.
     """
     reason = flex_obstacle()
     if reason:
-        return FlexTimes(reason=reason)
+        raise RuntimeError(reason)
     import torch
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -113,7 +108,7 @@ def flex_times(layout: GistLayout, num_units: int, heads: Heads, repeats: int = 
     def both():
         torch.autograd.grad(attend(*leaves), leaves, cotangent)
 
-    return FlexTimes(forward, _torch_milliseconds(both, repeats))
+    return forward, _torch_milliseconds(both, repeats)
 
 
 def _torch_milliseconds(run, repeats: int) -> float:
@@ -132,5 +127,6 @@ def _torch_milliseconds(run, repeats: int) -> float:
     run()
     sample(1)
     calls = max(1, round(WINDOW_SECONDS * 1e3 / sample(1)))
-    sample(calls)
+    if calls > 1:
+        sample(calls)
     return statistics.median(sample(calls) for _ in range(repeats))

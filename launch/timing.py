@@ -16,7 +16,7 @@ def milliseconds(fn: Callable, *args, repeats: int = 10) -> float:
     """Median time of one call in ms, after warm-up.
 
     Each of the `repeats` samples enqueues calls for at least `WINDOW_SECONDS` and waits for the last: the device works
-    without a pause, and at the clock that it can hold.
+    without a pause, and at the clock that it can hold. A call that takes longer than that is a sample by itself.
     """
     jax.block_until_ready(fn(*args))
     begin = time.perf_counter()
@@ -30,7 +30,8 @@ def milliseconds(fn: Callable, *args, repeats: int = 10) -> float:
         jax.block_until_ready(result)
         return (time.perf_counter() - begin) / calls
 
-    sample()
+    if calls > 1:
+        sample()
     return statistics.median(sample() for _ in range(repeats)) * 1e3
 
 

@@ -72,7 +72,7 @@ def tune_hopper(length: int, ratio: int) -> Iterator[dict]:
     from pallas_kernels.hopper.blocks import BackwardBlocks, ForwardBlocks
 
     layout, units = bench.layout_of(ratio), length // ratio
-    q, kv, cotangent = bench.inputs(layout, units)
+    q, kv, cotangent = bench.inputs(layout, units, bench.heads())
     starts = unit_starts(layout, units, jnp.int32(0))
     for name in kernels(HOPPER):
         for fields in HOPPER[name]:
@@ -93,7 +93,7 @@ def tune_triton(length: int, ratio: int) -> Iterator[dict]:
     from pallas_kernels.triton.call import capability
 
     layout, units = bench.layout_of(ratio), length // ratio
-    q, kv, d_out = bench.inputs(layout, units)
+    q, kv, d_out = bench.inputs(layout, units, bench.heads())
     starts = jax.tree.map(jnp.atleast_2d, unit_starts(layout, units, jnp.int32(0)))
     table, place = kernel_blocks(capability(), bench.DIM.value), jnp.zeros(2, jnp.int32)
     out, lse = jax.jit(functools.partial(op.forward, layout, table.forward))(q, kv, starts, place)

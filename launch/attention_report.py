@@ -1,0 +1,177 @@
+"""Tables and plot of what launch.bench_attention measured, from its raw JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+PARTS = ("forward", "both")  # both: forward + backward
+NAMES = {"cudnn": "cuDNN causal", "folded": "folded cuDNN", "flex": "FlexAttention"}
+BEGIN, END = "<!-- attention tables: begin -->", "<!-- attention tables: end -->"
+SHAPE = ("query", "kv", "dim")
+
+
+def pair(row: dict | None, form: str, names: tuple[str, str] = PARTS) -> str:
+    """Two figures of a row in a cell: forward / forward + backward."""
+    return " / ".join(form.format(row[name]) for name in names) if row and names[0] in row else ""
+
+
+def gain(row: dict | None, peer: dict | None) -> str:
+    """How many times as fast as a peer."""
+    if not (row and peer and "forward" in row and "forward" in peer):
+        return ""
+    return " / ".join(f"{peer[part] / row[part]:.2f}" for part in PARTS)
+
+
+def milliseconds(row: dict | None) -> str:
+    """The times of a contender in a cell."""
+    return pair(row, "{:.3g}")
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; columns without any entry are left out."""
+    kept = [i for i in range(len(head)) if any(row[i] for row in rows)]
+    lines = [[head[i] for i in kept], ["---"] * len(kept), *([row[i] for i in kept] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+class Attention:
+    """The measurements of whole sequences, by contender, length, ratio and heads."""
+
+    def __init__(self, result: dict):
+        self._rows = {}
+        for row in result.get("attention", []):
+            self._rows[row["what"], row["length"], row.get("ratio"), *(row[x] for x in SHAPE)] = row
+
+    def get(self, what: str, length: int, ratio: int, shape: tuple) -> dict | None:
+        """A contender's row, or None; cuDNN's does not depend on the ratio."""
+        return self._rows.get((what, length, None if what == "cudnn" else ratio, *shape))
+
+    def cases(self, backend: str, shape: tuple) -> list[tuple[int, int]]:
+        """Lengths and ratios at which a backend was timed."""
+        return sorted(
+            key[1:3] for key, row in self._rows.items() if key[0] == backend and key[3:] == shape and "forward" in row
+        )
+
+    def shapes(self, backend: str) -> list[tuple]:
+        """Heads with which a backend was timed, in the order of the measurements."""
+        return list(dict.fromkeys(key[3:] for key in self._rows if key[0] == backend))
+
+
+def attention_tables(result: dict) -> Iterator[str]:
+    """A table for each backend and each shape of the heads."""
+    attention, default = Attention(result), result["shape"]
+    for backend in result["backends"]:
+        for shape in attention.shapes(backend):
+            query, kv, dim = shape
+            rows = []
+            for length, ratio in attention.cases(backend, shape):
+                own, *others = (attention.get(x, length, ratio, shape) for x in (backend, *NAMES))
+                cells = [f"{length // 1024}K", str(ratio), milliseconds(own), *(milliseconds(x) for x in others)]
+                cells += gain(own, others[0]), gain(own, others[2])
+                rows.append([*cells, pair(own, "{:.0%}", ("share_forward", "share_both"))])
+            head = ["raws", "r", f"{backend} ms", *NAMES.values(), "over cuDNN causal", "over FlexAttention"]
+            yield (
+                f"Backend `{backend}`, {query} query heads, {kv} KV heads, dim {dim}, {default['sinks']} sinks, window "
+                f"{default['window']}; forward / forward + backward:"
+            )
+            yield table([*head, "share of the matrix rate"], rows)
+
+
+def decode_table(result: dict) -> Iterator[str]:
+    """The decoding steps."""
+    rows = [row for row in result.get("decode", []) if "us" in row]
+    if rows:
+        yield "Decoding step:"
+        cells = [
+            [row["what"], str(row["batch"]), f"{row['us']:.1f}", f"{row['tb_s']:.2f}", f"{row['share_of_copy']:.0%}"]
+            for row in rows
+        ]
+        yield table(["backend", "batch", "us", "TB/s on the cache's bytes", "of the copy"], cells)
+
+
+def document_lines(result: dict) -> Iterator[str]:
+    """The packed documents against one."""
+    rows = [row for row in result.get("documents", []) if "forward" in row]
+    for one, packed in zip(rows[::2], rows[1::2], strict=False):
+        yield (
+            f"Packed documents, {packed['documents']} in a row of {packed['length'] // 1024}K at r={packed['ratio']}, "
+            f"`{packed['what']}`: {milliseconds(packed)} ms against {milliseconds(one)} ms as one document, "
+            f"{gain(packed, one)} times as fast."
+        )
+
+
+def missing_lines(result: dict) -> Iterator[str]:
+    """What was not measured, and why."""
+    rows = [row for kind in ("attention", "decode", "documents") for row in result.get(kind, []) if "reason" in row]
+    if rows:
+        yield "Not measured:"
+        yield "\n".join(
+            "- "
+            + ", ".join(f"{k} {v}" for k, v in row.items() if k not in ("reason", "seconds"))
+            + f": {row['reason']}"
+            for row in rows
+        )
+
+
+def tables(result: dict) -> str:
+    """The measurements as Markdown."""
+    limits, releases = result["ceilings"], ", ".join(f"{k} {v}" for k, v in result["versions"].items())
+    intro = (
+        f"{result['device']}, {releases}; batch 1, bf16, medians of {result['repeats']}: `{result['command']}`. It "
+        f"copies {limits['copy_tb_s']:.2f} TB/s and multiplies matrices at {limits['matmul_tflop_s']:.0f} TFLOP/s."
+    )
+    parts = intro, *attention_tables(result), *decode_table(result), *document_lines(result), *missing_lines(result)
+    return "\n\n".join(parts) + "\n"
+
+
+def plot(result: dict, path: Path) -> None:
+    """Speed-up over cuDNN causal attention, and share of the matrix rate, against length."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    attention, shape = Attention(result), tuple(result["shape"][x] for x in SHAPE)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
+    for backend in result["backends"]:
+        cases = attention.cases(backend, shape)
+        for ratio in sorted({ratio for _, ratio in cases}):
+            lengths = [length for length, r in cases if r == ratio]
+            own = {length: attention.get(backend, length, ratio, shape) for length in lengths}
+            causal = {length: attention.get("cudnn", length, ratio, shape) for length in lengths}
+            compared = [length for length in lengths if causal[length] and "forward" in causal[length]]
+            for part, style in (("forward", "o-"), ("both", "s--")):
+                label = f"{backend} r={ratio} {'forward' if part == 'forward' else 'forward + backward'}"
+                left.plot([x // 1024 for x in compared], [causal[x][part] / own[x][part] for x in compared], style)
+                right.plot([x // 1024 for x in lengths], [own[x][f"share_{part}"] for x in lengths], style, label=label)
+    left.set(ylabel="speed-up over cuDNN causal", ylim=(0, None))
+    right.set(ylabel="useful work over the measured matrix rate", ylim=(0, 1))
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set(xlabel="raw tokens (K)")
+        axes.grid(alpha=0.3)
+    right.legend(fontsize="small")
+    figure.savefig(path, bbox_inches="tight", dpi=120)
+    pyplot.close(figure)
+
+
+def write(raw: Path, into: Path | None) -> None:
+    """Prints the tables of a raw JSON, plots it beside it, and puts the tables between the marks of a Markdown file.
+
+    Raises:
+      ValueError: if the file has not both marks.
+    """
+    result, image = json.loads(raw.read_text()), raw.with_suffix(".png")
+    text = tables(result)
+    print(text)
+    if into:
+        text += f"\n![speed-up and share of the matrix rate]({os.path.relpath(image, into.parent)})\n"
+        before, begin, rest = into.read_text().partition(BEGIN)
+        _, end, after = rest.partition(END)
+        if not (begin and end):
+            raise ValueError(f"{into} needs the lines {BEGIN} and {END}, between which the tables go")
+        into.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}")
+    plot(result, image)
