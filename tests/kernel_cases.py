@@ -122,6 +122,7 @@ FEW = {"dim": 64, "heads": 4, "kv_heads": 2, "window": 8, "sinks": 5, "small": T
 
 DECODING = {
     "ragged, every phase of a unit": Decoding((0, 2, 3, 43, 63), 40, spare=4, **FEW),
+    "every raw a gist: full attention": Decoding((0, 3, 40), 41, ratio=1, spare=7, **(FEW | {"sinks": 0, "window": 0})),
     "no sinks, no window": Decoding((0, 7, 71), 9, ratio=8, **(FEW | {"sinks": 0, "window": 0})),
     "group of 16, float16": Decoding((100,), 33, **(FEW | {"heads": 16, "kv_heads": 1, "dtype": "float16"})),
     "ragged over many tiles": Decoding((0, 5, 777, 1199), 304, spare=4),

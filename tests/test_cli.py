@@ -266,9 +266,9 @@ def test_generate_streams_text_and_tells_the_cache(command, trained):
     text, report = finished.out.split("\n[step 4; ")
     assert text.strip()
     assert re.search(r"prompts of \d+ tokens, 9 generated\]", report)
-    # 2 layers of keys and values, 2 heads of 8 float32 for every sink, gist and ring slot: 13 and 12 slots, in eights
+    # 2 layers of keys and values, 2 heads of 8 float32 for every sink, gist (a page) and ring slot (12, in eights)
     per_token = 2 * 2 * 2 * 8 * 4
-    held, full = (2 + 16 + 16) * per_token, 64 * per_token
+    held, full = (2 + 64 + 16) * per_token, 256 * per_token
     assert f"{held:,} bytes; full attention would hold {full:,} ({full / held:.2f}x)" in report
 
 

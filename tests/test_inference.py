@@ -19,6 +19,7 @@ from unigist_jax.inference import (
     prefill,
 )
 from unigist_jax.inference.methods import METHODS
+from unigist_jax.inference.pages import rung
 from unigist_jax.inference.prefill import chunk_lengths
 from unigist_jax.inference.sampling import filtered_logits, sample
 from unigist_jax.layout import GistLayout
@@ -28,6 +29,7 @@ VOCAB = 61
 CONFIG = LlamaConfig(
     VOCAB, 24, 40, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, rope_theta=100.0, dtype="float32"
 )
+EXACT = ("full", "unigist")
 LAYOUTS = [GistLayout(4, 5, 8), GistLayout(2, 0, 6), GistLayout(3, 2, 0), GistLayout(1, 1, 2)]
 
 
@@ -106,9 +108,9 @@ def test_a_raw_that_left_the_window_is_gone():
     tokens, _ = one_pass(layout, units_past_window(layout))
     model = model_of(layout)
     _, cache = prefill(model, [tokens.tolist()], capacity=len(tokens) + 4)
-    assert layout.window + layout.ratio <= cache.layers[0].raw_k.shape[1] < len(tokens)
+    assert cache.layers[0].raw_k.shape[1] < len(tokens)
     blank = [kv._replace(gist_v=kv.gist_v * 0) for kv in cache.layers]
-    forgetful = GistCache(cache.sink_k, cache.sink_v, tuple(blank), cache.length, layout)
+    forgetful = GistCache(cache.sinks, tuple(blank), cache.length, layout)
     step = functools.partial(decode_step, model, tokens=jnp.array([7], jnp.int32))
     kept, forgotten = (np.asarray(step(cache=jax.tree.map(jnp.copy, c))[0]) for c in (cache, forgetful))
     assert np.abs(kept - forgotten).max() > 1e-2
@@ -116,13 +118,25 @@ def test_a_raw_that_left_the_window_is_gone():
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_cache_bytes_follow_the_formula(layout):
-    """2 L Hkv D bytes (s + ceil(n / r) + w + r), slots in eights: a raw costs nothing, 8 r raws cost eight gists."""
-    token, full = 2 * CONFIG.num_layers * CONFIG.num_kv_heads * CONFIG.head_dim * 4, 8 * layout.ratio
+    """2 L Hkv D bytes (s + G + W): a raw costs nothing, r raws cost one gist, allocated 64 at a time."""
+    token = 2 * CONFIG.num_layers * CONFIG.num_kv_heads * CONFIG.head_dim * 4
     ring = -(-(layout.window + layout.ratio) // 8) * 8
-    for n, gists in ((1, 8), (full, 8), (full + 1, 16), (2 * full, 16), (2 * full + 1, 24)):
-        nbytes = GistCache.create(model_of(layout), 1, n).nbytes
-        assert nbytes == token * (layout.num_sinks + gists + ring) == gist_cache_bytes(CONFIG, layout, n)
+    for pages, raws in ((1, 1), (1, 64 * layout.ratio), (2, 64 * layout.ratio + 1), (2, 128 * layout.ratio)):
+        cache = GistCache.create(model_of(layout), 3, raws)
+        expected = token * (layout.num_sinks + 3 * (64 * pages + ring))
+        assert cache.nbytes == expected == gist_cache_bytes(CONFIG, layout, raws, batch=3)
+        assert cache.capacity == 64 * pages * layout.ratio
+        rounded = GistCache.create(model_of(layout), 3, raws, gist_dtype="int8")
+        assert rounded.nbytes == gist_cache_bytes(CONFIG, layout, raws, batch=3, gist_dtype="int8")
     assert full_cache_bytes(CONFIG, 10, batch=3) == 30 * token
+
+
+def test_sizes_of_caches_are_few_and_close():
+    sizes = [rung(pages) for pages in range(1, 5000)]
+    assert all(size >= pages for pages, size in enumerate(sizes, start=1))
+    assert sizes[:32] == list(range(1, 33))
+    assert max(size / pages for pages, size in enumerate(sizes, start=1)) < 17 / 16
+    assert len(set(sizes)) < 32 + 8 * 16
 
 
 def test_decoding_does_not_grow_the_cache():
@@ -146,7 +160,7 @@ def test_full_attention_decodes_as_it_reads():
         got, cache = jax.jit(full_attention.decode_logits)(model, cache, jnp.asarray(tokens[lengths + step], jnp.int32))
 
 
-@pytest.mark.parametrize("method", ["full", "unigist"])
+@pytest.mark.parametrize("method", EXACT)
 def test_a_ragged_batch_generates_what_each_prompt_does_alone(method):
     layout = LAYOUTS[0]
     tokens, _ = one_pass(layout, 5)
@@ -185,7 +199,7 @@ def test_generate_streams_stops_and_repeats_by_seed():
     assert ended.stopped[0] and ended.tokens[0] == first.tokens[0][: first.tokens[0].index(stop)]
 
 
-@pytest.mark.parametrize("method", ["full", "unigist"])
+@pytest.mark.parametrize("method", EXACT)
 def test_questions_behind_one_context_are_one_pass(method):
     """A context is read once; ragged questions, an answer, and a second round of questions read on from its cache."""
     layout = LAYOUTS[0]
@@ -273,8 +287,8 @@ def test_bad_input_is_named():
     _, cache = prefill(model, [[1, 2], [3]], capacity=8)
     with pytest.raises(ValueError, match=r"1 token lists for a cache of 2 sequences.*cache.select\(rows\)"):
         append(METHODS["unigist"], model, cache, [[1]])
-    with pytest.raises(ValueError, match=r"sequence 0 would hold 33 tokens.*room for 32.*larger capacity"):
-        append(METHODS["unigist"], model, cache, [[1] * 31, [1]])
+    with pytest.raises(ValueError, match=r"sequence 0 would hold 257 tokens.*room for 256.*larger capacity"):
+        append(METHODS["unigist"], model, cache, [[1] * 255, [1]])
     with pytest.raises(ValueError, match=r"rows \[2\] of a batch of 2 sequences; give at least one of 0 … 1"):
         cache.select([2])
     with pytest.raises(ValueError, match=r"3 prompts continue a cache of 2 sequences"):

@@ -30,7 +30,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.hopper.op import pad_keys, refusal
+from pallas_kernels.backends import refusal_of
+from pallas_kernels.hopper.op import DTYPES, HEAD_DIMS, pad_keys
 from unigist_jax.layout import GistLayout
 
 KEYS = 64
@@ -54,7 +55,7 @@ def decode_refusal(q, kv, layout: GistLayout) -> str | None:
     group = q.shape[2] // kv.gist_k.shape[2]
     if 2 * group > ROWS:
         return f"decodes at most {ROWS // 2} query heads per KV head, got {group}"
-    return refusal(q, kv, layout)
+    return refusal_of(q, kv, layout, DTYPES, HEAD_DIMS)
 
 
 def decode(

@@ -6,6 +6,7 @@ from unigist_jax.inference.decode import decode_step
 from unigist_jax.inference.generate import Generated, generate
 from unigist_jax.inference.prefill import prefill
 from unigist_jax.inference.sampling import Sampling
+from unigist_jax.inference.weights import for_inference
 
 __all__ = [
     "Generated",
@@ -13,6 +14,7 @@ __all__ = [
     "Sampling",
     "append",
     "decode_step",
+    "for_inference",
     "full_cache_bytes",
     "generate",
     "gist_cache_bytes",

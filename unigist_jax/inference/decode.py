@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import decode_attention
 from unigist_jax.inference.cache import GistCache, LayerKV
+from unigist_jax.inference.gists import write_step
 from unigist_jax.model import Llama
+from unigist_jax.model.attention import step_attention
 from unigist_jax.model.layers import rotary
 
 
@@ -38,19 +39,17 @@ def decode_logits(model: Llama, cache: GistCache, tokens: Int32[Array, " B"]) ->
         def attend(q, k, v, index=index):
             old = cache.layers[index]
             slot = raw_index % old.raw_k.shape[1]
-            new = LayerKV(
-                old.gist_k.at[rows, unit].set(k[:, 1]),
-                old.gist_v.at[rows, unit].set(v[:, 1]),
-                old.raw_k.at[rows, slot].set(k[:, 0]),
-                old.raw_v.at[rows, slot].set(v[:, 0]),
-            )
-            kv = GistCache.layer_kv(cache, index)._replace(**new._asdict())
-            return decode_attention(q, kv, layout, raw_index, model.config.attention_backend), new
+            raw_k, raw_v = old.raw_k.at[rows, slot].set(k[:, 0]), old.raw_v.at[rows, slot].set(v[:, 0])
+            gist_k, all_gist_k = write_step(old.gist_k, k[:, 1], unit)
+            gist_v, all_gist_v = write_step(old.gist_v, v[:, 1], unit)
+            kv = cache.layer_kv(index, all_gist_k, all_gist_v, raw_k, raw_v)
+            out = step_attention(q, kv, layout, raw_index, model.config.attention_backend)
+            return out, LayerKV(gist_k, gist_v, raw_k, raw_v)
 
         x, layer_kv = model.layer(index)(x, angles, attend)
         layers.append(layer_kv)
     logits = model.logits(x[:, :1])[:, 0]
-    return logits, GistCache(cache.sink_k, cache.sink_v, tuple(layers), cache.length + 1, layout)
+    return logits, GistCache(cache.sinks, tuple(layers), cache.length + 1, layout)
 
 
 @partial(jax.jit, donate_argnames=("cache",))

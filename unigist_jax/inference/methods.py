@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from unigist_jax.baselines import (
@@ -29,6 +30,8 @@ class Method(NamedTuple):
 
 METHODS = {
     "unigist": Method(prefill.prefill, decode.decode_logits),
+    "unigist_int8": Method(partial(prefill.prefill, gist_dtype="int8"), decode.decode_logits),
+    "unigist_fp8": Method(partial(prefill.prefill, gist_dtype="float8_e4m3fn"), decode.decode_logits),
     "full": Method(full_attention.prefill, full_attention.decode_logits),
     "activation_beacon": Method(activation_beacon.prefill, decode.decode_logits),
     "autocompressors": Method(autocompressors.prefill, compressed.decode_logits),

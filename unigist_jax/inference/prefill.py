@@ -18,6 +18,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,19 +26,22 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import GistKV
 from pallas_kernels.decode_attention import ring_raw_index
-from unigist_jax.inference.cache import GistCache, LayerKV, ring_slots
+from unigist_jax.inference.cache import GistCache, LayerKV, SinkKV
+from unigist_jax.inference.gists import write_chunk
+from unigist_jax.inference.weights import layer_arguments, taken
 from unigist_jax.layout import GistLayout, segment_positions
 from unigist_jax.model import Llama
 from unigist_jax.model.attention import segment_attention
 from unigist_jax.model.layers import rotary
 from unigist_jax.prompts import check_prompts, pad_prompts
 
-DEFAULT_CHUNK = 2048
+# raws of all sequences in one chunk, by platform
+CHUNK_RAWS = {"cpu": 2048, "gpu": 8192, "tpu": 4096}
 
 
-def default_chunk_size(layout: GistLayout) -> int:
-    """The multiple of the ratio nearest below `DEFAULT_CHUNK`, at least one unit."""
-    return max(1, DEFAULT_CHUNK // layout.ratio) * layout.ratio
+def default_chunk_size(layout: GistLayout, batch: int = 1) -> int:
+    """Raws a chunk: this platform's share of `CHUNK_RAWS` for each sequence, in whole units, at least one."""
+    return max(1, CHUNK_RAWS.get(jax.default_backend(), 4096) // batch // layout.ratio) * layout.ratio
 
 
 def prefill(
@@ -47,6 +51,7 @@ def prefill(
     capacity: int | None = None,
     chunk_size: int | None = None,
     layout: GistLayout | None = None,
+    gist_dtype: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Float[Array, "B V"], GistCache]:
     """Reads prompts into a new cache.
@@ -57,6 +62,7 @@ def prefill(
       capacity: raws that each sequence may reach, generated ones included; None: the longest prompt.
       chunk_size: raws a chunk, a multiple of the ratio; None: `default_chunk_size`. It changes speed and memory only.
       layout: another ratio or window than the model's.
+      gist_dtype: as for `GistCache.create`.
       progress: called after each chunk with the raws read so far.
 
     Returns:
@@ -67,11 +73,11 @@ def prefill(
         a chunk size that is not a positive multiple of the ratio.
     """
     layout = model.checked_layout(layout)
-    chunk_size = default_chunk_size(layout) if chunk_size is None else chunk_size
+    chunk_size = default_chunk_size(layout, max(1, len(prompts))) if chunk_size is None else chunk_size
     check_chunk_size(chunk_size, layout)
     lengths = check_prompts(prompts, model.config.vocab_size, capacity)
     longest = int(lengths.max())
-    cache = GistCache.create(model, len(prompts), capacity or longest, layout)
+    cache = GistCache.create(model, len(prompts), capacity or longest, layout, gist_dtype)
     lengths = jnp.asarray(lengths)
     ends = jnp.zeros((len(prompts), model.config.hidden_size), model.config.dtype)
     chunks = chunk_lengths(longest, chunk_size, cache.capacity, layout)
@@ -85,7 +91,6 @@ def prefill(
     return _logits(model, ends), cache
 
 
-@partial(jax.jit, donate_argnames=("cache",))
 def prefill_chunk(
     model: Llama,
     cache: GistCache,
@@ -95,44 +100,69 @@ def prefill_chunk(
 ) -> tuple[Float[Array, "B C E"], GistCache]:
     """Reads one chunk of whole units that begins at unit `first_unit`.
 
+    One layer is compiled and called for each: that takes L times less to compile than the whole model, and no call is
+    so short that launching it would show.
+
     Args:
-      cache: holds everything before the chunk; donated.
+      cache: holds everything before the chunk; donated, layer by layer.
       tokens: the chunk's raws; those at or after a sequence's length are padding.
       lengths: raws of each whole prompt.
 
     Returns:
       Final hidden states of the chunk's raws, before the last norm, and the cache.
     """
-    layout = cache.layout
-    num_raws = tokens.shape[1]
-    first_raw = first_unit * layout.ratio
-    angles = rotary(model.config, segment_positions(layout, layout.num_units(num_raws), first_unit))
-    newest = jnp.minimum(first_raw + num_raws, lengths) - 1  # newest real raw of each sequence after this chunk
-    before = (first_raw - layout.window + jnp.arange(layout.window)) % ring_slots(layout)
-    x = model.embed_segment(tokens, layout)
+    x, angles, length = _enter(model, tokens, first_unit, lengths, cache.layout)
+    at = _Chunk(first_unit, cache.length, length)
     layers = []
-    for index in range(model.config.num_layers):
+    for index, held in enumerate(zip(cache.sinks, cache.layers, strict=True)):
+        layer = layer_arguments(model, index)
+        x, kept = _layer(*layer, x, angles, *held, at, cache.layout, model.config.attention_backend)
+        layers.append(kept)
+    return _raws(x, tokens.shape[1]), GistCache(cache.sinks, tuple(layers), length, cache.layout)
 
-        def attend(q, k, v, index=index):
-            old = cache.layers[index]
-            gist_k, gist_v = (
-                jax.lax.dynamic_update_slice_in_dim(held, new[:, num_raws:], first_unit, axis=1)
-                for held, new in ((old.gist_k, k), (old.gist_v, v))
-            )
-            raw_k, raw_v = k[:, :num_raws], v[:, :num_raws]
-            window_k, window_v = (
-                jnp.concatenate([held[:, before], new], axis=1)
-                for held, new in ((old.raw_k, raw_k), (old.raw_v, raw_v))
-            )
-            kv = GistKV(cache.sink_k[index], cache.sink_v[index], gist_k, gist_v, window_k, window_v)
-            first_raw_unit = first_unit - layout.window_units
-            out = segment_attention(q, kv, layout, first_unit, first_raw_unit, backend=model.config.attention_backend)
-            rings = (_into_ring(held, new, first_raw, newest) for held, new in ((old.raw_k, raw_k), (old.raw_v, raw_v)))
-            return out, LayerKV(gist_k, gist_v, *rings)
 
-        x, layer_kv = model.layer(index)(x, angles, attend)
-        layers.append(layer_kv)
-    return x[:, :num_raws], GistCache(cache.sink_k, cache.sink_v, tuple(layers), newest + 1, layout)
+class _Chunk(NamedTuple):
+    """Where a chunk begins, and the raws that each sequence holds before and after it."""
+
+    first_unit: Int32[Array, ""]
+    before: Int32[Array, " B"]
+    after: Int32[Array, " B"]
+
+
+@partial(jax.jit, static_argnames=("layout",))
+def _enter(model, tokens, first_unit, lengths, layout):
+    """The embedded segment [B, P, E], its rotary angles, and each sequence's length after it."""
+    num_raws = tokens.shape[1]
+    angles = rotary(model.config, segment_positions(layout, layout.num_units(num_raws), first_unit))
+    return model.embed_segment(tokens, layout), angles, jnp.minimum(first_unit * layout.ratio + num_raws, lengths)
+
+
+@partial(jax.jit, static_argnames=("layout", "backend"), donate_argnames=("x", "held"))
+def _layer(layers, index, x, angles, sinks: SinkKV, held: LayerKV, at: _Chunk, layout: GistLayout, backend: str | None):
+    """The segment through one layer, and the layer's cache."""
+    num_raws = layout.segment_units(x.shape[1]) * layout.ratio
+    first_raw, ring = at.first_unit * layout.ratio, held.raw_k.shape[1]
+    units = at.before // layout.ratio, at.after // layout.ratio
+    window = (first_raw - layout.window + jnp.arange(layout.window)) % ring
+
+    def attend(q, k, v):
+        gist_k, all_gist_k = write_chunk(held.gist_k, k[:, num_raws:], at.first_unit, *units)
+        gist_v, all_gist_v = write_chunk(held.gist_v, v[:, num_raws:], at.first_unit, *units)
+        raw_k, raw_v = k[:, :num_raws], v[:, :num_raws]
+        window_k, window_v = (
+            jnp.concatenate([old[:, window], new], axis=1) for old, new in ((held.raw_k, raw_k), (held.raw_v, raw_v))
+        )
+        kv = GistKV(*sinks, all_gist_k, all_gist_v, window_k, window_v)
+        out = segment_attention(q, kv, layout, at.first_unit, at.first_unit - layout.window_units, backend=backend)
+        rings = (
+            _into_ring(old, new, first_raw, at.after - 1) for old, new in ((held.raw_k, raw_k), (held.raw_v, raw_v))
+        )
+        return out, LayerKV(gist_k, gist_v, *rings)
+
+    return taken(layers, index)(x, angles, attend)
+
+
+_raws = jax.jit(lambda x, num_raws: x[:, :num_raws], static_argnums=1)
 
 
 @jax.jit

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import GistKV, gist_attention
+from pallas_kernels import GistKV, decode_attention, gist_attention
 from pallas_kernels.backends import target_device
 from pallas_kernels.blocked import causal_attention
 from unigist_jax.context import AXIS, Placement, all_gists, raws_before
@@ -60,6 +60,7 @@ _HEADS = partition_spec("batch", None, "heads", None)
 _PLACED_HEADS = partition_spec("batch", "positions", "heads", None)
 _SINK_HEADS = partition_spec(None, "heads", None)
 _SHARED_HEADS = partition_spec(None, None, "heads", None)
+_KV_HEADS = GistKV(_SINK_HEADS, _SINK_HEADS, *[_HEADS] * 4)
 
 
 def _on_each_device(function, in_specs, out_specs, *arguments):
@@ -80,17 +81,25 @@ def segment_attention(
     backend: str | None = None,
 ) -> Float[Array, "B P Hq D"]:
     """`gist_attention` on each device's rows and heads."""
-    batch, gists = kv.gist_k.shape[:2]
-    if doc_start is None:
-        doc_start = jnp.zeros((batch, gists), jnp.int32)
 
-    def attend(q, kv, first_unit, first_raw_unit, doc_start):
-        return gist_attention(q, kv, layout, first_unit, first_raw_unit, doc_start, backend=backend)
+    def attend(q, kv, first_unit, first_raw_unit, *doc_start):
+        return gist_attention(q, kv, layout, first_unit, first_raw_unit, *doc_start, backend=backend)
 
-    scalar = partition_spec()
-    specs = _HEADS, GistKV(_SINK_HEADS, _SINK_HEADS, *[_HEADS] * 4), scalar, scalar, _ROWS
+    scalar, documents = partition_spec(), () if doc_start is None else (doc_start,)
+    specs = _HEADS, _KV_HEADS, scalar, scalar, *[_ROWS for _ in documents]
     units = jnp.asarray(first_unit, jnp.int32), jnp.asarray(first_raw_unit, jnp.int32)
-    return _on_each_device(attend, specs, _HEADS, q, kv, *units, doc_start)
+    return _on_each_device(attend, specs, _HEADS, q, kv, *units, *documents)
+
+
+def step_attention(
+    q: Float[Array, "B 2 Hq D"], kv: GistKV, layout: GistLayout, raw_index: Int[Array, " B"], backend: str | None = None
+) -> Float[Array, "B 2 Hq D"]:
+    """`decode_attention` on each device's rows and heads."""
+
+    def attend(q, kv, raw_index):
+        return decode_attention(q, kv, layout, raw_index, backend)
+
+    return _on_each_device(attend, (_HEADS, _KV_HEADS, partition_spec("batch")), _HEADS, q, kv, raw_index)
 
 
 def placed_attention(

@@ -56,7 +56,7 @@ class Llama(nnx.Module):
     Attributes:
       config, layout: static. `layout` is what the weights were trained for; methods take another ratio or window.
       embedding [V, E], gist_embedding [E], sink_embedding [s, E], head [E, V] (None if tied), norm.
-      layers: one `DecoderLayer` whose parameters have a leading axis L.
+      layers: one `DecoderLayer` whose parameters have a leading axis L; for inference, a list of L of them.
     """
 
     def __init__(self, config: LlamaConfig, layout: GistLayout, *, rngs: nnx.Rngs):
@@ -199,14 +199,14 @@ class Llama(nnx.Module):
         angles = rotary(self.config, sink_positions(self.layout))
         return layer(sinks, angles, lambda q, k, v: (sink_attention(q, k, v), (k[0], v[0])))
 
-    def sink_kv(self) -> tuple[Float[Array, "L s Hkv D"], Float[Array, "L s Hkv D"]]:
-        """Keys and values of the sinks in every layer: the same for every sequence, computed once at load."""
-        _, kv = jax.lax.scan(lambda sinks, layer: self.sink_layer(layer, sinks), self.embed_sinks(), self.layers)
-        return kv
+    @property
+    def is_stacked(self) -> bool:
+        """Whether the layers are one module of stacked weights, or a list (`unigist_jax.inference.for_inference`)."""
+        return isinstance(self.layers, DecoderLayer)
 
     def layer(self, index: int) -> DecoderLayer:
         """Layer `index` by itself."""
-        return jax.tree.map(lambda stacked: stacked[index], self.layers)
+        return jax.tree.map(lambda stacked: stacked[index], self.layers) if self.is_stacked else self.layers[index]
 
     def logits(self, hidden: Float[Array, "B T E"]) -> Float[Array, "B T V"]:
         """Final norm and head: float32 logits."""

@@ -1,0 +1,76 @@
+"""A model's weights as inference wants them: each layer an array of its own, in the dtype of the computation.
+
+A step of decoding reads every weight once. From a stack of all layers XLA copies each layer's slice out first, which
+takes three times the traffic; from arrays of its own it reads in place. Training and Hugging Face directories have
+stacks, and the device never holds both: each stack is freed as soon as its layers are cut.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Int32
+
+from unigist_jax.model import Llama
+from unigist_jax.model.layers import DecoderLayer
+from unigist_jax.sharding import parameter_path
+
+
+def for_inference(model: Llama) -> Llama:
+    """The same function as `model`, its layers apart, its weights but those of norms in the config's dtype.
+
+    Consumes `model`: its arrays are freed one by one, so that beside the weights the device holds one stack at most.
+    What is apart already is taken as it is. Shardings are kept.
+    """
+    config = model.config
+    if model.is_stacked:
+        stacks, treedef = jax.tree_util.tree_flatten_with_path(model.layers)
+        layers = [[] for _ in range(config.num_layers)]
+        for path, stack in stacks:
+            dtype = stack.dtype if "norm" in parameter_path(path) else jnp.dtype(config.dtype)
+            for index, leaves in enumerate(layers):
+                leaves.append(_cut(stack, index, dtype, _without_first_axis(stack.sharding)))
+            stack.delete()
+        apart = nnx.List([jax.tree.unflatten(treedef, leaves) for leaves in layers])
+    else:
+        apart = model.layers
+    out = jax.tree.map(lambda x: x, model)
+    out.layers = apart
+    for name in ("embedding", "gist_embedding", "sink_embedding", "head"):
+        parameter = getattr(out, name)
+        if parameter is not None and parameter[...].dtype != config.dtype:
+            old = parameter[...]
+            setattr(out, name, nnx.Param(old.astype(config.dtype)))
+            old.delete()
+    return out
+
+
+def layer_arguments(model: Llama, index: int) -> tuple[DecoderLayer, np.int32 | None]:
+    """One layer as an argument of a jitted function that takes it up with `taken`, compiled once for all layers.
+
+    The layer itself, or where layers are stacked the stack and the index in it.
+    """
+    return (model.layers, np.int32(index)) if model.is_stacked else (model.layers[index], None)
+
+
+def taken(layers: DecoderLayer, index: Int32[Array, ""] | None) -> DecoderLayer:
+    """The layer that `layer_arguments` passed."""
+    if index is None:
+        return layers
+    return jax.tree.map(lambda stack: jax.lax.dynamic_index_in_dim(stack, index, keepdims=False), layers)
+
+
+def _without_first_axis(sharding):
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:])) if hasattr(sharding, "spec") else sharding
+
+
+@partial(jax.jit, static_argnames=("dtype", "sharding"))
+def _cut(stack: Array, index: Int32[Array, ""], dtype: jnp.dtype, sharding) -> Array:
+    """Layer `index` of a stack."""
+    layer = jax.lax.dynamic_index_in_dim(stack, index, keepdims=False).astype(dtype)
+    return jax.lax.with_sharding_constraint(layer, sharding)
