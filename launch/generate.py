@@ -14,7 +14,7 @@ from absl import flags
 from launch.flags import define_workdir, run_main
 from unigist_jax.checkpoints import load_directory
 from unigist_jax.data import StreamDecoder, Tokenizer
-from unigist_jax.inference import Sampling, full_cache_bytes, generate
+from unigist_jax.inference import Sampling, for_inference, full_cache_bytes, generate
 from unigist_jax.inference.methods import METHODS
 
 _WORKDIR = define_workdir()
@@ -40,7 +40,7 @@ def main(_: list[str]) -> None:
         raise ValueError("nothing to continue; give --prompt or --prompt_file")
     sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
     loaded = load_directory(_WORKDIR.value)
-    model, tokenizer = loaded.model, loaded.tokenizer
+    model, tokenizer = for_inference(loaded.model), loaded.tokenizer
     prompts = [_prompt(tokenizer, text) for text in texts]
     decoders = [StreamDecoder(tokenizer) for _ in prompts]
 

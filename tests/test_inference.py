@@ -19,11 +19,11 @@ from unigist_jax.inference import (
     prefill,
 )
 from unigist_jax.inference.methods import METHODS
-from unigist_jax.inference.pages import rung
 from unigist_jax.inference.prefill import chunk_lengths
 from unigist_jax.inference.sampling import filtered_logits, sample
 from unigist_jax.layout import GistLayout
 from unigist_jax.model import LlamaConfig, init_llama
+from unigist_jax.pages import rung
 
 VOCAB = 61
 CONFIG = LlamaConfig(
@@ -128,7 +128,7 @@ def test_cache_bytes_follow_the_formula(layout):
         assert cache.capacity == 64 * pages * layout.ratio
         rounded = GistCache.create(model_of(layout), 3, raws, gist_dtype="int8")
         assert rounded.nbytes == gist_cache_bytes(CONFIG, layout, raws, batch=3, gist_dtype="int8")
-    assert full_cache_bytes(CONFIG, 10, batch=3) == 30 * token
+    assert full_cache_bytes(CONFIG, 65, batch=3) == 3 * 128 * token
 
 
 def test_sizes_of_caches_are_few_and_close():

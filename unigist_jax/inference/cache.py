@@ -29,12 +29,12 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels import GistKV
 from pallas_kernels.decode_attention import padded_slots
 from unigist_jax.inference.gists import Gists, QuantizedGists, check_gist_dtype, empty_gists, num_slots, with_slots
-from unigist_jax.inference.pages import PAGE, gist_slots
-from unigist_jax.inference.weights import layer_arguments, taken
 from unigist_jax.layout import GistLayout, sink_positions
 from unigist_jax.model import Llama, LlamaConfig
 from unigist_jax.model.attention import sink_attention
 from unigist_jax.model.layers import rotary
+from unigist_jax.model.llama import taken_layer
+from unigist_jax.pages import PAGE, gist_slots, token_slots
 from unigist_jax.rows import select_rows
 from unigist_jax.sharding import constrain
 
@@ -155,7 +155,7 @@ def _sink_kv(model: Llama) -> tuple[SinkKV, ...]:
     """Keys and values of the sinks in every layer: the same for every sequence."""
     sinks, kv = model.embed_sinks(), []
     for index in range(model.config.num_layers):
-        sinks, layer_kv = _sink_layer(*layer_arguments(model, index), sinks, model.config, model.layout)
+        sinks, layer_kv = _sink_layer(*model.layer_arguments(index), sinks, model.config, model.layout)
         kv.append(layer_kv)
     return tuple(kv)
 
@@ -163,7 +163,7 @@ def _sink_kv(model: Llama) -> tuple[SinkKV, ...]:
 @partial(jax.jit, static_argnames=("config", "layout"))
 def _sink_layer(layers, index, sinks: Float[Array, "1 s E"], config: LlamaConfig, layout: GistLayout):
     angles = rotary(config, sink_positions(layout))
-    return taken(layers, index)(sinks, angles, lambda q, k, v: (sink_attention(q, k, v), SinkKV(k[0], v[0])))
+    return taken_layer(layers, index)(sinks, angles, lambda q, k, v: (sink_attention(q, k, v), SinkKV(k[0], v[0])))
 
 
 @partial(jax.jit, static_argnames=("slots",))
@@ -193,8 +193,8 @@ def gist_cache_bytes(
 
 
 def full_cache_bytes(config: LlamaConfig, num_raws: int, batch: int = 1) -> int:
-    """Bytes of keys and values that full attention holds for `num_raws` raws a sequence: `2 L Hkv D bytes B n`."""
-    return batch * num_raws * _bytes_per_token(config)
+    """Bytes of keys and values that full attention allocates for `num_raws` raws a sequence: `2 L Hkv D bytes B n`."""
+    return batch * token_slots(num_raws) * _bytes_per_token(config)
 
 
 def _bytes_per_token(config: LlamaConfig) -> int:

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Num
 
-from unigist_jax.inference.pages import PAGE
+from unigist_jax.pages import PAGE
 from unigist_jax.sharding import constrain
 
 GIST_DTYPES = ("int8", "float8_e4m3fn")

@@ -28,11 +28,11 @@ from pallas_kernels import GistKV
 from pallas_kernels.decode_attention import ring_raw_index
 from unigist_jax.inference.cache import GistCache, LayerKV, SinkKV
 from unigist_jax.inference.gists import write_chunk
-from unigist_jax.inference.weights import layer_arguments, taken
 from unigist_jax.layout import GistLayout, segment_positions
 from unigist_jax.model import Llama
 from unigist_jax.model.attention import segment_attention
 from unigist_jax.model.layers import rotary
+from unigist_jax.model.llama import taken_layer
 from unigist_jax.prompts import check_prompts, pad_prompts
 
 # raws of all sequences in one chunk, by platform
@@ -115,7 +115,7 @@ def prefill_chunk(
     at = _Chunk(first_unit, cache.length, length)
     layers = []
     for index, held in enumerate(zip(cache.sinks, cache.layers, strict=True)):
-        layer = layer_arguments(model, index)
+        layer = model.layer_arguments(index)
         x, kept = _layer(*layer, x, angles, *held, at, cache.layout, model.config.attention_backend)
         layers.append(kept)
     return _raws(x, tokens.shape[1]), GistCache(cache.sinks, tuple(layers), length, cache.layout)
@@ -159,7 +159,7 @@ def _layer(layers, index, x, angles, sinks: SinkKV, held: LayerKV, at: _Chunk, l
         )
         return out, LayerKV(gist_k, gist_v, *rings)
 
-    return taken(layers, index)(x, angles, attend)
+    return taken_layer(layers, index)(x, angles, attend)
 
 
 _raws = jax.jit(lambda x, num_raws: x[:, :num_raws], static_argnums=1)

@@ -11,13 +11,11 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int32
 
 from unigist_jax.model import Llama
-from unigist_jax.model.layers import DecoderLayer
 from unigist_jax.sharding import parameter_path
 
 
@@ -48,21 +46,6 @@ def for_inference(model: Llama) -> Llama:
             setattr(out, name, nnx.Param(old.astype(config.dtype)))
             old.delete()
     return out
-
-
-def layer_arguments(model: Llama, index: int) -> tuple[DecoderLayer, np.int32 | None]:
-    """One layer as an argument of a jitted function that takes it up with `taken`, compiled once for all layers.
-
-    The layer itself, or where layers are stacked the stack and the index in it.
-    """
-    return (model.layers, np.int32(index)) if model.is_stacked else (model.layers[index], None)
-
-
-def taken(layers: DecoderLayer, index: Int32[Array, ""] | None) -> DecoderLayer:
-    """The layer that `layer_arguments` passed."""
-    if index is None:
-        return layers
-    return jax.tree.map(lambda stack: jax.lax.dynamic_index_in_dim(stack, index, keepdims=False), layers)
 
 
 def _without_first_axis(sharding):

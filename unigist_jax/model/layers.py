@@ -86,7 +86,11 @@ class DecoderLayer(nnx.Module):
         self.mlp = SwiGLU(config, stack, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B P E"], angles: Rotary, attend: Callable[..., tuple[jax.Array, Any]]
+        self,
+        x: Float[Array, "B P E"],
+        angles: Rotary,
+        attend: Callable[..., tuple[jax.Array, Any]],
+        mlp_parts: int = 1,
     ) -> tuple[Float[Array, "B P E"], Any]:
         """Runs the layer.
 
@@ -94,6 +98,8 @@ class DecoderLayer(nnx.Module):
           x: hidden states.
           angles: rotary angles of the positions.
           attend: `(q [B, P, Hq, D], k [B, P, Hkv, D], v) -> (context [B, P, Hq, D], anything)`, with q and k rotated.
+          mlp_parts: runs the feed-forward on so many parts of the positions, one after another: its wide hidden states
+            exist for one at a time. It divides P.
 
         Returns:
           The new hidden states, and what `attend` returned beside the context (a cache, say).
@@ -103,4 +109,8 @@ class DecoderLayer(nnx.Module):
             context, extra = attend(q, k, v)
             x = x + self.attention.output(context)
         with jax.named_scope("mlp"):
-            return x + self.mlp(self.mlp_norm(x)), extra
+            if mlp_parts == 1:
+                return x + self.mlp(self.mlp_norm(x)), extra
+            parts = jnp.moveaxis(x.reshape(x.shape[0], mlp_parts, -1, x.shape[2]), 1, 0)
+            parts = jax.lax.map(lambda part: part + self.mlp(self.mlp_norm(part)), parts)
+            return jnp.moveaxis(parts, 0, 1).reshape(x.shape), extra

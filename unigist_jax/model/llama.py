@@ -20,6 +20,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -109,8 +110,11 @@ class Llama(nnx.Module):
             is not.
 
         Raises:
-          ValueError: if T is not a multiple of the ratio, or does not cut into the placement's pieces.
+          ValueError: if T is not a multiple of the ratio, or does not cut into the placement's pieces; or for layers
+            that `unigist_jax.inference.for_inference` took apart.
         """
+        if not self.is_stacked:
+            raise ValueError("one pass scans stacked layers, but for_inference took these apart: load the model again")
         layout = self.checked_layout(layout)
         units = layout.num_units(tokens.shape[1])
         attention = attention or self.config.attention
@@ -208,11 +212,25 @@ class Llama(nnx.Module):
         """Layer `index` by itself."""
         return jax.tree.map(lambda stacked: stacked[index], self.layers) if self.is_stacked else self.layers[index]
 
+    def layer_arguments(self, index: int) -> tuple[DecoderLayer, np.int32 | None]:
+        """One layer as arguments of a jitted function that takes it up with `taken_layer`: compiled once for all.
+
+        The layer itself, or where layers are stacked the stack and the index in it.
+        """
+        return (self.layers, np.int32(index)) if self.is_stacked else (self.layers[index], None)
+
     def logits(self, hidden: Float[Array, "B T E"]) -> Float[Array, "B T V"]:
         """Final norm and head: float32 logits."""
         x = self.norm(hidden)
         head = self.embedding[...].T if self.head is None else self.head[...]
         return jnp.einsum("bte,ev->btv", x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def taken_layer(layers: DecoderLayer, index: Int[Array, ""] | None) -> DecoderLayer:
+    """The layer that `Llama.layer_arguments` passed."""
+    if index is None:
+        return layers
+    return jax.tree.map(lambda stack: jax.lax.dynamic_index_in_dim(stack, index, keepdims=False), layers)
 
 
 @partial(jax.jit, static_argnames=("config", "layout"))
