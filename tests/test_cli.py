@@ -278,7 +278,7 @@ def test_a_converted_model_says_the_same(command, trained, tmp_path):
     convert = f"--input={trained[0]}", f"--output={output}", "--max_shard_gb=1e-5", "--platform=cpu"
     finished = command("convert", *convert)
     assert finished.code == 0, finished.err
-    assert f"wrote {output}: " in finished.out and "GistLayout(ratio=4, num_sinks=2, window=8)" in finished.out
+    assert f"wrote {output}: " in finished.out and "GistLayout(ratio=4, num_sinks=2, window=8" in finished.out
     assert len(list(output.glob("model-*.safetensors"))) > 2
     said = []
     for origin in (trained[0], output):
