@@ -86,7 +86,7 @@ def main(_: list[str]) -> None:
     workdir = output / "run"
     steps = [f"--config.train.steps={_STEPS.value}"] if _STEPS.value else []
     commands = [run_command("train", "--config=configs/tiny.py", f"--workdir={workdir}", *steps)]
-    sizes = [f"--length={LENGTH}", f"--chunk_size={CHUNK}", "--records=16", "--documents=24", "--rows=32"]
+    sizes = [f"--lengths={LENGTH}", f"--chunk_size={CHUNK}", "--records=16", "--documents=24", "--rows=32"]
     evaluate = "evaluate", f"--workdir={workdir}", "--method=unigist,full", *sizes, f"--output={output / 'eval'}"
     commands.append(run_command(*evaluate))
 

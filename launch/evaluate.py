@@ -1,151 +1,201 @@
-"""Evaluates a trained run: held-out perplexity, perplexity by position, recall.
+"""Evaluates a trained run or a Hugging Face Llama: held-out perplexity, perplexity by position, recall.
 
   python -m launch.evaluate --workdir=runs/tiny --suite=perplexity,boundary,recall --method=unigist,full
+  python -m launch.evaluate --workdir=runs/full --suite=recall --method=snapkv,adakv --ratio=4 --tasks=needle,mk2 \\
+      --lengths=1024,2048
 
-Writes DIR/SUITE.json (and SUITE.png) with DIR = --output or WORKDIR/eval, and prints the numbers.
+Prints the numbers, and writes DIR/SUITE.json, DIR/SUITE.png and DIR/samples/*.jsonl, DIR = --output or WORKDIR/eval.
+Run again, it goes on behind the samples that are there.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
+from pathlib import Path
+from typing import NamedTuple
 
 from absl import flags
 from tqdm import tqdm
 
 from launch.flags import define_workdir, output_directory, run_main
-from unigist_jax.checkpoints import load_directory
-from unigist_jax.data import RECALL_KINDS
+from unigist_jax.checkpoints import Loaded, load_directory
 from unigist_jax.data.corpus import load_documents
 from unigist_jax.data.from_config import recall_filler, spread_rows, text_rows
 from unigist_jax.evals import perplexity, plots, recall
+from unigist_jax.evals.layouts import evaluation_layout, one_pass_attention
+from unigist_jax.evals.samples import SampleLog
+from unigist_jax.inference.methods import METHODS, trained_method
 from unigist_jax.inference.prefill import check_chunk_size
 from unigist_jax.layout import GistLayout
 
 SUITES = ("perplexity", "boundary", "recall")
-METHODS = ("unigist", "full")
 
 _WORKDIR = define_workdir()
 _SUITE = flags.DEFINE_list("suite", list(SUITES), f"which of {', '.join(SUITES)}, comma-separated")
-_METHOD = flags.DEFINE_list("method", ["unigist"], f"which of {', '.join(METHODS)}, comma-separated")
+_METHOD = flags.DEFINE_list("method", None, f"which of {', '.join(METHODS)} (default: as the model was trained)")
 _OUTPUT = flags.DEFINE_string("output", None, "directory of the results (default: WORKDIR/eval)")
 _RATIO = flags.DEFINE_integer("ratio", None, "another ratio; the window becomes its next multiple", lower_bound=1)
 _ROWS = flags.DEFINE_integer("rows", 64, "perplexity: held-out rows", lower_bound=1)
-_LENGTH = flags.DEFINE_integer("length", 512, "boundary and recall: tokens of a document or record", lower_bound=8)
+_LENGTHS = flags.DEFINE_list("lengths", ["512"], "recall: tokens of records; boundary: of documents, the longest")
 _DOCUMENTS = flags.DEFINE_integer("documents", 32, "boundary: held-out documents", lower_bound=1)
 _CHUNK_SIZE = flags.DEFINE_integer("chunk_size", 128, "boundary and recall: raws of a prefill chunk", lower_bound=1)
 _BUCKET = flags.DEFINE_integer("bucket", 16, "boundary: positions averaged in the plot", lower_bound=1)
-_RECORDS = flags.DEFINE_integer("records", 32, "recall: records of each kind", lower_bound=1)
-_KINDS = flags.DEFINE_list("kinds", None, "recall: kinds of records (default: those of the run)")
+_RECORDS = flags.DEFINE_integer("records", 32, "recall: records of each task", lower_bound=1)
+_TASKS = flags.DEFINE_list("tasks", ["needle"], f"recall: which of {', '.join(recall.TASKS)}")
 _BATCH = flags.DEFINE_integer("batch_size", 8, "sequences at a time", lower_bound=1)
 
 
+class Evaluation(NamedTuple):
+    """What every suite is given; `layouts` by method."""
+
+    loaded: Loaded
+    layouts: dict[str, GistLayout]
+    lengths: list[int]
+    directory: Path
+    setting: dict
+
+
 def main(_: list[str]) -> None:
-    choices = ("suite", _SUITE.value, SUITES), ("method", _METHOD.value, METHODS), ("kinds", _KINDS.value, RECALL_KINDS)
+    choices = ("suite", _SUITE.value, SUITES), ("method", _METHOD.value, METHODS), ("tasks", _TASKS.value, recall.TASKS)
     for name, chosen, known in choices:
         unknown = sorted(set(chosen or ()) - set(known))
         if unknown:
             raise ValueError(f"--{name}: unknown {unknown}; choose among {sorted(known)}")
+    try:
+        lengths = sorted(int(length) for length in _LENGTHS.value)
+    except ValueError:
+        raise ValueError(f"--lengths={','.join(_LENGTHS.value)} must be whole numbers, such as 1024,2048") from None
     loaded = load_directory(_WORKDIR.value)
-    model, own = loaded.model, loaded.model.layout
-    ratio = _RATIO.value or own.ratio
-    layout = GistLayout(ratio, own.num_sinks, -(-own.window // ratio) * ratio)
-    if {"boundary", "recall"} & set(_SUITE.value):
-        layout.num_units(_LENGTH.value)
-        check_chunk_size(_CHUNK_SIZE.value, layout)
-    if "boundary" in _SUITE.value and _LENGTH.value <= _CHUNK_SIZE.value:
-        raise ValueError(
-            f"--length={_LENGTH.value} holds no border of chunks of --chunk_size={_CHUNK_SIZE.value}; "
-            "give a longer length or a smaller chunk"
-        )
+    model = loaded.model
+    methods = _METHOD.value or [trained_method(model.config, model.layout)]
+    layouts = {method: evaluation_layout(model, method, _RATIO.value) for method in methods}
+    _check(methods, layouts, lengths)
     directory = output_directory(_OUTPUT.value, _WORKDIR.value, "eval")
-    setting = {"workdir": _WORKDIR.value, "step": loaded.step, "ratio": layout.ratio, "window": layout.window}
+    ratio = _RATIO.value or model.layout.ratio
+    setting = {"workdir": _WORKDIR.value, "step": loaded.step, "ratio": ratio, "window": layouts[methods[0]].window}
+    evaluation = Evaluation(loaded, layouts, lengths, directory, setting)
     suites = {"perplexity": _perplexity, "boundary": _boundary, "recall": _recall}
     for suite in _SUITE.value:
-        result = setting | suites[suite](loaded.data, model, loaded.tokenizer, layout, directory)
+        result = setting | suites[suite](evaluation)
         (directory / f"{suite}.json").write_text(json.dumps(result, indent=2) + "\n")
         print(f"wrote {directory / suite}.json")
 
 
-def _attention(method: str) -> str:
-    return "full" if method == "full" else "gist"
+def _check(methods: list[str], layouts: dict[str, GistLayout], lengths: list[int]) -> None:
+    """Raises ValueError for flags that do not go together, before any work."""
+    suites = set(_SUITE.value)
+    for method in methods:
+        if suites & {"perplexity", "boundary"}:
+            one_pass_attention(method)
+        if suites & {"boundary", "recall"} and method in ("unigist", "activation_beacon"):
+            check_chunk_size(_CHUNK_SIZE.value, layouts[method])
+    if "boundary" in suites:
+        for layout in layouts.values():
+            layout.num_units(lengths[-1])
+        if lengths[-1] <= _CHUNK_SIZE.value:
+            raise ValueError(
+                f"--lengths={lengths[-1]} holds no border of chunks of --chunk_size={_CHUNK_SIZE.value}; "
+                "give a longer length or a smaller chunk"
+            )
 
 
-def _perplexity(data, model, tokenizer, layout, directory) -> dict:
-    rows = spread_rows(text_rows(data, layout, tokenizer, "heldout"), _ROWS.value)
-    results = {}
-    for method in _METHOD.value:
-        attention = _attention(method)
-        results[method] = perplexity.packed_perplexity(
-            model, rows, attention=attention, batch_size=_BATCH.value, layout=layout
+def _perplexity(evaluation: Evaluation) -> dict:
+    loaded, results = evaluation.loaded, {}
+    rows = spread_rows(text_rows(loaded.data, loaded.model.layout, loaded.tokenizer, "heldout"), _ROWS.value)
+    for method, layout in evaluation.layouts.items():
+        attention = one_pass_attention(method)
+        result = results[method] = perplexity.packed_perplexity(
+            loaded.model, rows, attention=attention, batch_size=_BATCH.value, layout=layout
         )
-        result = results[method]
         print(f"held-out perplexity, {method}: {result['perplexity']:.3f} on {result['targets']:,.0f} tokens")
     return {"methods": results}
 
 
-def _boundary(data, model, tokenizer, layout, directory) -> dict:
+def _boundary(evaluation: Evaluation) -> dict:
+    loaded, data = evaluation.loaded, evaluation.loaded.data
     texts = load_documents(
         data.source, split="heldout", heldout_fraction=data.heldout_fraction, max_documents=data.max_documents
     )["text"]
-    documents = perplexity.long_documents(texts, tokenizer, _LENGTH.value, _DOCUMENTS.value)
-    chunk, curves, results = _CHUNK_SIZE.value, {}, {}
-    for method in _METHOD.value:
+    length, chunk = evaluation.lengths[-1], _CHUNK_SIZE.value
+    documents = perplexity.long_documents(texts, loaded.tokenizer, length, _DOCUMENTS.value)
+    curves, results = {}, {}
+    for method, layout in evaluation.layouts.items():
+        attention = one_pass_attention(method)
         by_position = functools.partial(
             perplexity.losses_by_position,
-            model,
+            loaded.model,
             documents,
-            attention=_attention(method),
+            attention=attention,
             layout=layout,
             batch_size=_BATCH.value,
         )
-        losses = by_position(chunk_size=None if method == "full" else chunk)
+        losses = by_position(chunk_size=chunk if attention == "gist" else None)
         curves[method] = perplexity.bucketed(losses, _BUCKET.value)
-        results[method] = curves[method] | {"loss": float(losses.mean())}
-        line = f"loss over {len(documents)} documents of {_LENGTH.value} tokens, {method}: {losses.mean():.4f} nats"
-        if method != "full":
-            jump = perplexity.border_jump(losses, chunk, reach=max(1, min(16, chunk // 2)))
+        jump = perplexity.border_jump(losses, chunk, reach=max(1, min(16, chunk // 2)))
+        results[method] = curves[method] | {"loss": float(losses.mean()), "border_jump": jump}
+        line = f"loss over {len(documents)} documents of {length} tokens, {method}: {losses.mean():.4f} nats; "
+        line += f"after chunk borders {jump:+.4f}"
+        if attention == "gist":
             difference = float(abs(losses - by_position(chunk_size=None)).max())
-            results[method] |= {"border_jump": jump, "largest_difference_to_one_pass": difference}
-            line += f"; after chunk borders {jump:+.4f}; from one pass at most {difference:.1e}"
+            results[method] |= {"largest_difference_to_one_pass": difference}
+            line += f"; from one pass at most {difference:.1e}"
         print(line)
-    plots.plot_by_position(curves, chunk, directory / "boundary.png")
-    return {"chunk_size": chunk, "documents": len(documents), "length": _LENGTH.value, "methods": results}
+    plots.plot_by_position(curves, chunk, evaluation.directory / "boundary.png")
+    return {"chunk_size": chunk, "documents": len(documents), "length": length, "methods": results}
 
 
-def _recall(data, model, tokenizer, layout, directory) -> dict:
-    filler = recall_filler(data, "heldout")
-    results, summaries = {}, {}
-    for kind in _KINDS.value or data.recall_kinds.split(","):
-        records = recall.make_records(
-            tokenizer,
-            kind=kind,
-            length=_LENGTH.value,
-            count=_RECORDS.value,
-            filler=filler,
-            digits=data.recall_digits,
-        )
-        for method in _METHOD.value:
-            name = f"{kind}, {method}"
-            with tqdm(total=len(records), unit="record", desc=name) as bar:
-                samples = recall.evaluate_recall(
-                    model,
-                    tokenizer,
-                    records,
-                    method=method,
-                    layout=layout,
-                    chunk_size=_CHUNK_SIZE.value,
-                    batch_size=_BATCH.value,
-                    progress=lambda done, bar=bar: bar.update(done - bar.n),
-                )
-            summaries[name] = recall.summarize(samples)
-            results[name] = summaries[name] | {"records": samples}
-            print(
-                f"recall, {name}: {summaries[name]['accuracy']:.3f} of {len(samples)} records, "
-                f"{summaries[name]['token_accuracy']:.3f} of their answers' tokens"
+def _recall(evaluation: Evaluation) -> dict:
+    loaded, results = evaluation.loaded, {}
+    filler = recall_filler(loaded.data, "heldout")
+    for length in evaluation.lengths:
+        for task in _TASKS.value:
+            records = recall.make_records(
+                loaded.tokenizer,
+                task=task,
+                length=length,
+                count=_RECORDS.value,
+                filler=filler,
+                digits=loaded.data.recall_digits,
             )
-    plots.plot_recall(summaries, directory / "recall.png")
-    return {"length": _LENGTH.value, "seed": recall.TEST_SEED, "results": results}
+            for method, layout in evaluation.layouts.items():
+                name = f"{task}, {length}, {method}"
+                samples = _recall_samples(evaluation, name, records, method, layout)
+                result = results[name] = recall.summarize(samples) | {"task": task, "length": length, "method": method}
+                print(
+                    f"recall, {name}: {result['accuracy']:.3f} of {len(samples)} records, "
+                    f"{result['token_accuracy']:.3f} of their answers' tokens, "
+                    f"{result['cache_bytes']:,.0f} bytes a cache"
+                )
+    plots.plot_recall(results, evaluation.directory / "recall.png")
+    (evaluation.directory / "recall.md").write_text(recall.markdown(results.values()))
+    return {"seed": recall.TEST_SEED, "results": results}
+
+
+def _recall_samples(evaluation: Evaluation, name: str, records: list, method: str, layout: GistLayout) -> list[dict]:
+    """The samples of one task, length and method: those on disk, and the rest as they come."""
+    setting = evaluation.setting | dataclasses.asdict(layout) | {"name": name, "seed": recall.TEST_SEED}
+    path = evaluation.directory / "samples" / f"recall,{name.replace(', ', ',')},ratio={layout.ratio}.jsonl"
+    log = SampleLog(path, setting | {"records": len(records)})
+    with tqdm(total=len(records), initial=len(log.samples), unit="record", desc=name) as bar:
+
+        def done(new: list[dict]) -> None:
+            log.add(new)
+            bar.update(len(new))
+
+        recall.evaluate_recall(
+            evaluation.loaded.model,
+            evaluation.loaded.tokenizer,
+            records,
+            method=method,
+            layout=layout,
+            chunk_size=_CHUNK_SIZE.value,
+            batch_size=_BATCH.value,
+            skip=len(log.samples),
+            done=done,
+        )
+    return log.samples
 
 
 if __name__ == "__main__":

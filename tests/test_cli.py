@@ -163,9 +163,12 @@ def test_train_refuses_the_work_directory_of_another_run(command, config_file, t
     [
         ("evaluate", ["--suite=speed"], ["--suite", "'speed'", "perplexity"]),
         ("evaluate", ["--method=magic"], ["--method", "'magic'", "unigist"]),
-        ("evaluate", ["--kinds=riddle"], ["--kinds", "'riddle'", "needle"]),
+        ("evaluate", ["--tasks=riddle"], ["--tasks", "'riddle'", "needle"]),
+        ("evaluate", ["--lengths=1k"], ["--lengths=1k", "1024,2048"]),
+        ("evaluate", ["--suite=boundary", "--method=snapkv"], ["snapkv", "no perplexity by token", "--suite=recall"]),
+        ("evaluate", ["--method=autocompressors"], ["autocompressors needs a model trained with chunks"]),
         ("evaluate", ["--chunk_size=6"], ["chunk size 6", "ratio=4", "use 4 or 8"]),
-        ("evaluate", ["--suite=boundary", "--length=50000"], ["no held-out document has 50000 tokens", "shorter"]),
+        ("evaluate", ["--suite=boundary", "--lengths=50000"], ["no held-out document has 50000 tokens", "shorter"]),
         ("generate", ["--prompt=a", "--chunk_size=3"], ["chunk size 3", "ratio=4", "use 4 or 8"]),
         ("generate", ["--prompt=a", "--method=magic"], ["'magic'", "full", "unigist"]),
         (
@@ -240,11 +243,12 @@ def test_train_leaves_a_complete_work_directory(trained):
 
 
 def test_evaluate_writes_json_and_plots(command, trained, tmp_path):
-    flags = "--method=unigist,full --length=512 --chunk_size=64 --documents=2 --records=2 --rows=8 --platform=cpu"
+    flags = "--method=unigist,full --lengths=512 --chunk_size=64 --documents=2 --records=2 --rows=8 --platform=cpu"
     finished = command("evaluate", f"--workdir={trained[0]}", f"--output={tmp_path}", *flags.split())
     assert finished.code == 0, finished.err
     results = {path.stem: strict_json(path.read_text()) for path in tmp_path.glob("*.json")}
     assert set(results) == {"perplexity", "boundary", "recall"}
+    assert (tmp_path / "recall.md").read_text().count("| needle | 512 |") == 2
     for name in ("boundary", "recall"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     for name, result in results.items():
@@ -254,9 +258,11 @@ def test_evaluate_writes_json_and_plots(command, trained, tmp_path):
     assert len(results["boundary"]["methods"]["full"]["position"]) == 32  # 511 losses in buckets of 16
     assert "border_jump" in results["boundary"]["methods"]["unigist"]
     for method in ("unigist", "full"):
-        recall = results["recall"]["results"][f"needle, {method}"]
-        assert recall["samples"] == 2 and [record["depth"] for record in recall["records"]] == [0.0, 1.0]
-        assert f"recall, needle, {method}: " in finished.out
+        recall = results["recall"]["results"][f"needle, 512, {method}"]
+        assert recall["samples"] == 2 and recall["cache_bytes"] > 0
+        log = tmp_path / "samples" / f"recall,needle,512,{method},ratio=4.jsonl"
+        assert [strict_json(line).get("depth") for line in log.read_text().splitlines()] == [None, 0.0, 1.0]
+        assert f"recall, needle, 512, {method}: " in finished.out
 
 
 def test_generate_streams_text_and_tells_the_cache(command, trained):

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -12,7 +13,10 @@ from unigist_jax.config import RunConfig, config_differences, default_config
 from unigist_jax.data import RecallRecord, Tokenizer, pack_documents
 from unigist_jax.evals import recall
 from unigist_jax.evals.perplexity import border_jump, bucketed, long_documents, losses_by_position, packed_perplexity
-from unigist_jax.evals.recall import evaluate_recall, make_records, summarize
+from unigist_jax.evals.recall import TASKS, evaluate_recall, make_records, summarize
+from unigist_jax.evals.samples import SampleLog
+from unigist_jax.evals.scoring import score
+from unigist_jax.inference.methods import METHODS
 from unigist_jax.layout import GistLayout
 from unigist_jax.model import LlamaConfig, RopeScaling, init_llama
 from unigist_jax.sharding import MESH_AXES, PARAMETER_AXES, make_mesh, partition_spec
@@ -239,7 +243,7 @@ def test_losses_by_position_refuse_what_cannot_be(model):
     documents = np.ones((1, LENGTH), np.int32)
     with pytest.raises(ValueError, match="chunk size 6 is not a positive multiple of ratio=4; use 4 or 8"):
         losses_by_position(model, documents, attention="gist", chunk_size=6)
-    with pytest.raises(ValueError, match="chunked reading needs attention='gist'"):
+    with pytest.raises(ValueError, match="chunked reading needs attention='gist', not 'full'"):
         losses_by_position(model, documents, attention="full", chunk_size=4)
     with pytest.raises(ValueError, match="num_sinks=3, the weights 2"):
         losses_by_position(model, documents, attention="gist", layout=GistLayout(4, 3, 8))
@@ -317,16 +321,15 @@ def test_recall_agrees_with_greedy_decoding_by_whole_passes(method, model, token
         records.append(RecallRecord(context, "\nw4:", said, 0.2, "needle"))
         records.append(RecallRecord(context, "\nw4:", said[:1] + " w99", 0.9, "needle"))
     records.append(RecallRecord(contexts[0], "\nw5:", " w1 w2", 0.5, "needle"))
-    calls = []
-    samples = evaluate_recall(
-        model, tokenizer, records, method=method, chunk_size=8, batch_size=3, progress=calls.append
-    )
-    assert calls == [3, 5]
+    batches = []
+    options = dict(method=method, chunk_size=8, batch_size=3)
+    samples = evaluate_recall(model, tokenizer, records, done=batches.append, **options)
+    assert [len(batch) for batch in batches] == [3, 2] and batches[0] + batches[1] == samples
+    assert evaluate_recall(model, tokenizer, records, skip=3, **options) == samples[3:]
     answers = [record_tokens(tokenizer, record)[1] for record in records]
-    for index, (record, sample) in enumerate(zip(records, samples, strict=True)):
+    for record, sample in zip(records, samples, strict=True):
         prompt, answer = record_tokens(tokenizer, record)
-        batch = answers[index // 3 * 3 : index // 3 * 3 + 3]
-        output = tokenizer.decode(greedy(model, prompt, max(map(len, batch)) + 4, method, tokenizer.eos_id))
+        output = tokenizer.decode(greedy(model, prompt, max(map(len, answers)) + 4, method, tokenizer.eos_id))
         best = one_pass_logits(model, prompt + answer, method)[len(prompt) - 1 : -1].argmax(axis=-1)
         assert sample["output"] == output
         assert sample["correct"] == (record.answer.strip().lower() in output.lower())
@@ -337,11 +340,12 @@ def test_recall_agrees_with_greedy_decoding_by_whole_passes(method, model, token
 
 def test_summary_is_the_mean_over_all_and_by_depth():
     samples = [
-        {"depth": depth, "correct": correct, "token_accuracy": accuracy}
+        {"depth": depth, "correct": correct, "token_accuracy": accuracy, "distance": 9, "cache_bytes": 40}
         for depth, correct, accuracy in [(0.0, True, 1.0), (0.19, False, 0.5), (0.2, True, 1.0), (1.0, False, 0.25)]
     ]
     summary = summarize(samples)
     assert (summary["samples"], summary["accuracy"], summary["token_accuracy"]) == (4, 0.5, 0.6875)
+    assert summary["cache_bytes"] == 40
     got = [(b["depth"], b["samples"], b["accuracy"], b["token_accuracy"]) for b in summary["by_depth"]]
     nothing = 0, None, None
     expected = [(0.1, 2, 0.5, 0.75), (0.3, 1, 1.0, 1.0), (0.5, *nothing), (0.7, *nothing), (0.9, 1, 0.0, 0.25)]
@@ -350,7 +354,7 @@ def test_summary_is_the_mean_over_all_and_by_depth():
 
 def test_records_spread_their_facts_over_the_depths_and_repeat(tokenizer):
     filler = ["w1 w2 w3 w4 w5\n\nw6 w7 w8 w9"] * 5
-    records = make_records(tokenizer, kind="needle", length=400, count=3, filler=filler, digits=4)
+    records = make_records(tokenizer, task="needle", length=400, count=3, filler=filler, digits=4)
     assert [record.depth for record in records] == [0.0, 0.5, 1.0]
     for record in records:
         prompt, answer = record_tokens(tokenizer, record)
@@ -358,4 +362,51 @@ def test_records_spread_their_facts_over_the_depths_and_repeat(tokenizer):
         assert record.answer.strip() in record.context
     places = [record.context.index("magic") / len(record.context) for record in records]
     assert places[0] < 0.2 < places[1] < 0.8 < places[2] + 0.4 and places == sorted(places)
-    assert records == make_records(tokenizer, kind="needle", length=400, count=3, filler=filler, digits=4)
+    assert records == make_records(tokenizer, task="needle", length=400, count=3, filler=filler, digits=4)
+
+
+@pytest.mark.parametrize("task", sorted(TASKS))
+def test_every_task_makes_records_that_hold_their_answers(task, tokenizer):
+    filler = ["w1 w2 w3 w4 w5\n\nw6 w7 w8 w9"] * 5
+    options = dict(task=task, length=1200, count=3, filler=filler, digits=4)
+    records = make_records(tokenizer, **options)
+    assert records == make_records(tokenizer, **options)
+    for record in records:
+        prompt, answer = record_tokens(tokenizer, record)
+        assert 900 < len(prompt) + len(answer) <= 1200
+        assert all(record.context.count(text) == 1 for text in record.expected)
+    if task == "json_kv":
+        asked = [re.findall(r'Key: "(\S+)"\nCorresponding value: (\S+)', record.context) for record in records]
+        assert all(len(pairs) == 2 and f'"{key}": "{value}"' in record.context
+                   for record, pairs in zip(records, asked, strict=True) for key, value in pairs)  # fmt: skip
+        assert all(
+            record.question.split('"')[1] not in dict(pairs) for record, pairs in zip(records, asked, strict=True)
+        )
+
+
+def test_scores_are_those_of_one_pass(model):
+    """Log probabilities of tokens behind a ragged batch of contexts; the cache stays as it was."""
+    rng = np.random.default_rng(3)
+    contexts = [rng.integers(1, VOCAB, size).tolist() for size in (5, 14)]
+    lists = [rng.integers(1, VOCAB, size).tolist() for size in (6, 2)]
+    _, cache = METHODS["unigist"].prefill(model, contexts, capacity=24)
+    for _ in range(2):
+        scored = score(METHODS["unigist"], model, cache, lists)
+        for context, tokens, got in zip(contexts, lists, scored, strict=True):
+            losses = losses_alone(model, context + tokens, "unigist")[len(context) :]
+            np.testing.assert_allclose(got.log_probs, -losses, rtol=1e-5)
+            best = one_pass_logits(model, context + tokens, "unigist")[len(context) : -1].argmax(-1)
+            np.testing.assert_array_equal(got.is_best, best == tokens[1:])
+
+
+def test_samples_go_on_where_they_were_cut_off(tmp_path):
+    log = SampleLog(tmp_path / "a" / "log.jsonl", {"ratio": 4})
+    log.add([{"x": 1}, {"x": 2}])
+    with log.path.open("a") as file:
+        file.write('{"x": 3, "cut')
+    again = SampleLog(log.path, {"ratio": 4})
+    assert again.samples == [{"x": 1}, {"x": 2}]
+    again.add([{"x": 3}])
+    assert SampleLog(log.path, {"ratio": 4}).samples == [{"x": 1}, {"x": 2}, {"x": 3}]
+    with pytest.raises(ValueError, match=r"another setting \(ratio differ\); delete it, or choose another --output"):
+        SampleLog(log.path, {"ratio": 8})

@@ -1,9 +1,10 @@
 """Synthetic recall of any length: facts hidden in a long context, each record drawn from a seeded generator.
 
-Two kinds. A `needle` record hides one sentence in local text (RULER's single needle) or, without such filler, among
-other sentences of the same form (RULER's multi-key needles). A `json_kv` record is a JSON object and asks for the
-value of one key. In both `context + question + answer` is the whole text. Its length is counted part by part: the
-context is compressed before the question is known, and is therefore tokenised on its own.
+A `needle` record hides one sentence in local text (RULER's single needle) or, without such filler, among other
+sentences of the same form; `multi_key` always does the latter (RULER's multi-key needles). A `multi_value` record hides
+several values of one key and asks for all. A `json_kv` record is a JSON object and asks for the value of one key. In
+all of them `context + question + answer` is the whole text. Its length is counted part by part: the context is
+compressed before the question is known, and is therefore tokenised on its own.
 """
 
 from __future__ import annotations
@@ -23,10 +24,14 @@ NEEDLE_QUESTION = (
     "\n\nWhat is the special magic {value_noun} for {key} mentioned in the provided text? "
     "The special magic {value_noun} for {key} mentioned in the provided text is:"
 )
+VALUES_QUESTION = (
+    "\n\nWhat are all the special magic {values} for {key} mentioned in the provided text? "
+    "The special magic {values} for {key} mentioned in the provided text are:"
+)
 JSON_QUESTION = '\n\nKey: "{key}"\nCorresponding value:'
 ANSWER = " {value}"
 
-RECALL_KINDS = ("needle", "json_kv")
+RECALL_KINDS = ("needle", "multi_key", "multi_value", "json_kv")
 KEY_STYLES = ("word", "uuid")
 VALUE_NOUNS = {"numbers": "number", "words": "word", "uuids": "uuid"}  # value style -> its name in the singular
 
@@ -55,6 +60,7 @@ class RecallRecord:
       answer: the answer with the space before it.
       depth: where in the context the fact lies, as asked for or drawn: 0 at its beginning, 1 at its end.
       kind: one of `RECALL_KINDS`.
+      values: what the answer must hold, where that is several strings; see `expected`.
     """
 
     context: str
@@ -62,16 +68,25 @@ class RecallRecord:
     answer: str
     depth: float
     kind: str
+    values: tuple[str, ...] = ()
+
+    @property
+    def expected(self) -> tuple[str, ...]:
+        """Every string that a right answer holds."""
+        return self.values or (self.answer.strip(),)
 
 
 def recall_record(kind: str, rng: np.random.Generator, *, filler: Sequence[str] = (), **options: Any) -> RecallRecord:
-    """A record of the `kind` "needle" or "json_kv"; `filler` is for needles, `options` are those of either generator.
+    """A record of one of `RECALL_KINDS`; `filler` is what needles hide in, `options` are those of every generator.
 
     Raises:
-      ValueError: if the kind is unknown, and whatever `needle_record` and `json_kv_record` raise.
+      ValueError: if the kind is unknown, and whatever the generators raise.
     """
-    if kind == "needle":
-        return needle_record(rng, filler=filler, **options)
+    if kind in ("needle", "multi_key"):
+        record = needle_record(rng, filler=filler if kind == "needle" else (), **options)
+        return dataclasses.replace(record, kind=kind)
+    if kind == "multi_value":
+        return multi_value_record(rng, filler=filler, **options)
     if kind == "json_kv":
         return json_kv_record(rng, **options)
     raise ValueError(f"kind={kind!r} is not a recall record; use one of {', '.join(map(repr, RECALL_KINDS))}")
@@ -105,30 +120,63 @@ def needle_record(
       ValueError: if an argument is out of range, or `num_tokens` is too small for the needle alone.
     """
     depth = _check_and_draw_depth(rng, depth, digits, key_style, value_style)
-    if filler and not any(paragraph.strip() for paragraph in filler):
-        raise ValueError("the filler holds no words; give paragraphs of text, or none for a haystack of needles")
     taken: set[str] = set()
     key, value = _draw_pair(rng, key_style, value_style, digits, taken)
     needle = NEEDLE.format(values=value_style, key=key, value=value)
     question = NEEDLE_QUESTION.format(value_noun=VALUE_NOUNS[value_style], key=key)
     answer = ANSWER.format(value=value)
 
-    def haystack() -> Iterator[str]:
-        first = int(rng.integers(len(filler))) if filler else 0
-        for index in itertools.count(first):
-            if filler:
-                yield from re.findall(r"\s*\S{1,40}", "\n\n" + filler[index % len(filler)].strip("\n"))
-            else:
-                other_key, other_value = _draw_pair(rng, key_style, value_style, digits, taken)
-                yield "\n" + NEEDLE.format(values=value_style, key=other_key, value=other_value)
-
     def context(pieces: list[str]) -> str:
         place = round(depth * len(pieces))
         before, after = ("".join(part).strip("\n") for part in (pieces[:place], pieces[place:]))
         return "\n".join(filter(None, (before, needle, after)))
 
-    text = _longest_context(context, haystack(), num_tokens, count_tokens, question, answer)
+    pieces = _haystack(rng, filler, key_style, value_style, digits, taken)
+    text = _longest_context(context, pieces, num_tokens, count_tokens, question, answer)
     return RecallRecord(text, question, answer, depth, "needle")
+
+
+def multi_value_record(
+    rng: np.random.Generator,
+    *,
+    num_tokens: int,
+    count_tokens: Callable[[str], int],
+    filler: Sequence[str] = (),
+    depth: float | None = None,
+    digits: int = 7,
+    key_style: str = "word",
+    value_style: str = "numbers",
+    num_values: int = 4,
+) -> RecallRecord:
+    """Several needles of one key; the answer is all their values, in the order of the text.
+
+    Args:
+      rng, num_tokens, count_tokens, filler, digits, key_style, value_style: as for `needle_record`.
+      depth: place of the first needle in order of drawing; the others are drawn. The record's depth is their mean.
+      num_values: needles of the key.
+
+    Raises:
+      ValueError: if an argument is out of range, or `num_tokens` is too small for the needles alone.
+    """
+    depth = _check_and_draw_depth(rng, depth, digits, key_style, value_style)
+    depths = sorted([depth, *rng.random(num_values - 1).tolist()])
+    taken: set[str] = set()
+    key, _ = _draw_pair(rng, key_style, value_style, digits, taken)
+    values = tuple(_draw_pair(rng, key_style, value_style, digits, set())[1] for _ in depths)
+    question = VALUES_QUESTION.format(values=value_style, key=key)
+    answer = ANSWER.format(value=", ".join(values))
+    pieces = _haystack(rng, filler, key_style, value_style, digits, taken)
+
+    def context(drawn: list[str]) -> str:
+        places = [round(place * len(drawn)) for place in depths]
+        parts = []
+        for begin, end, value in zip([0, *places], [*places, len(drawn)], [*values, None], strict=True):
+            parts.append("".join(drawn[begin:end]).strip("\n"))
+            parts.append(NEEDLE.format(values=value_style, key=key, value=value) if value else "")
+        return "\n".join(filter(None, parts))
+
+    text = _longest_context(context, pieces, num_tokens, count_tokens, question, answer)
+    return RecallRecord(text, question, answer, float(np.mean(depths)), "multi_value", values)
 
 
 def json_kv_record(
@@ -167,6 +215,21 @@ def json_kv_record(
 def paragraphs(texts: Iterable[str]) -> list[str]:
     """The paragraphs of all texts, as filler: what lies between blank lines, in order, none of them blank."""
     return [part for text in texts for part in re.split(r"\n\s*\n", text) if part.strip()]
+
+
+def _haystack(
+    rng: np.random.Generator, filler: Sequence[str], key_style: str, value_style: str, digits: int, taken: set[str]
+) -> Iterator[str]:
+    """Endless pieces of text to hide needles among: words of the filler, or needles of other keys."""
+    if filler and not any(paragraph.strip() for paragraph in filler):
+        raise ValueError("the filler holds no words; give paragraphs of text, or none for a haystack of needles")
+    first = int(rng.integers(len(filler))) if filler else 0
+    for index in itertools.count(first):
+        if filler:
+            yield from re.findall(r"\s*\S{1,40}", "\n\n" + filler[index % len(filler)].strip("\n"))
+        else:
+            key, value = _draw_pair(rng, key_style, value_style, digits, taken)
+            yield "\n" + NEEDLE.format(values=value_style, key=key, value=value)
 
 
 def _longest_context(

@@ -74,17 +74,17 @@ def losses_by_position(
 
     Args:
       documents: raw tokens; T a multiple of the ratio.
-      attention: "gist" or "full".
+      attention: "gist", "full" or "autocompressors".
       chunk_size: reads through the compressed cache in chunks of so many raws; None: in one pass.
       layout: another ratio or window than the model's.
 
     Raises:
-      ValueError: for chunked reading with full attention, or a chunk size that is not a multiple of the ratio.
+      ValueError: for chunked reading without gists, or a chunk size that is not a multiple of the ratio.
     """
     layout = model.checked_layout(layout)
     if chunk_size is not None:
-        if attention == "full":
-            raise ValueError("chunked reading needs attention='gist': full attention has no chunks")
+        if attention != "gist":
+            raise ValueError(f"chunked reading needs attention='gist', not {attention!r}, which one pass reads")
         check_chunk_size(chunk_size, layout)
     total = np.zeros(documents.shape[1])
     for start in range(0, len(documents), batch_size):

@@ -1,55 +1,90 @@
 """Recall: facts hidden in a long context, asked for after it was compressed.
 
-The context and the question are prefilled, the answer is generated from the method's own cache. A record counts if the
-expected string stands in the output, case-folded (RULER's metric). Beside it, the share of answer tokens that the model
-puts first given the right ones before: a finer measure, for models too small to get whole answers right.
+The context is read and compressed first; the question goes behind it uncompressed, and the answer is generated from the
+method's own cache. A record scores the share of its expected strings that stand in the output, case-folded (RULER's
+metric). Beside it, the share of answer tokens that the model puts first given the right ones before: a finer measure,
+for models too small to get whole answers right.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from unigist_jax.data import RecallRecord, Tokenizer, recall_record
-from unigist_jax.data.recall import paragraphs
+from unigist_jax.data.recall import JSON_QUESTION, paragraphs
+from unigist_jax.evals.scoring import score
 from unigist_jax.inference import generate
+from unigist_jax.inference.methods import get_method
 from unigist_jax.layout import GistLayout
 from unigist_jax.model import Llama
 
+TASKS = {  # name: kind of record, and its options
+    "needle": ("needle", {}),
+    "mk2": ("multi_key", {}),
+    "mk3": ("multi_key", {"key_style": "uuid", "value_style": "uuids"}),
+    "mv": ("multi_value", {}),
+    "json_kv": ("json_kv", {}),
+}
 EXTRA_TOKENS = 4  # generated beyond the answer's own length
 CAPACITY_STEP = 256
 TEST_SEED = 1_000_003  # training draws its records from other seeds
+JSON_DEPTHS = 6
+JSON_TASK = "Extract the value that belongs to the given key in the JSON object below."
 
 
 def make_records(
     tokenizer: Tokenizer,
     *,
-    kind: str,
+    task: str,
     length: int,
     count: int,
     filler: Sequence[str] = (),
     digits: int = 7,
     seed: int = TEST_SEED,
 ) -> list[RecallRecord]:
-    """`count` records of about `length` tokens each, their facts at depths spread evenly from 0 to 1."""
+    """`count` records of about `length` tokens each: context, question and answer together never more.
+
+    Depths are spread evenly from 0 to 1; those of `json_kv`, whose context begins with two solved examples, over six
+    places. The same arguments give the same records. Raises ValueError for an unknown task or too short a length.
+    """
+    if task not in TASKS:
+        raise ValueError(f"unknown recall task {task!r}; choose one of {', '.join(TASKS)}")
+    kind, options = TASKS[task]
     haystack = paragraphs(filler)
-    return [
-        recall_record(
-            kind,
-            np.random.default_rng([seed, index]),
-            num_tokens=length - 1,
-            count_tokens=lambda text: len(tokenizer.encode(text)),
-            filler=haystack,
-            depth=index / max(1, count - 1),
-            digits=digits,
-        )
-        for index in range(count)
-    ]
+
+    def count_tokens(text: str) -> int:
+        return len(tokenizer.encode(text))
+
+    records = []
+    for index in range(count):
+        rng = np.random.default_rng([seed, index])
+        depth = (index % JSON_DEPTHS) / (JSON_DEPTHS - 1) if task == "json_kv" else index / max(1, count - 1)
+        options = dict(options, num_tokens=length - 1, count_tokens=count_tokens, depth=depth, digits=digits)
+        if task == "json_kv":
+            records.append(_with_examples(rng, options))
+        else:
+            records.append(recall_record(kind, rng, filler=haystack, **options))
+    return records
+
+
+def _with_examples(rng: np.random.Generator, options: dict[str, Any]) -> RecallRecord:
+    """A JSON record whose context begins with the task and two other pairs of the object, asked and answered."""
+    count_tokens, room = options["count_tokens"], 0
+    for _ in range(2):  # the second time with room for what the first one's examples took
+        record = recall_record("json_kv", rng, **options | {"num_tokens": options["num_tokens"] - room})
+        others = [pair for pair in json.loads(record.context).items() if pair[1] not in record.answer]
+        if len(others) < 2:
+            raise ValueError(f"num_tokens={options['num_tokens']} is too short for a JSON record with two examples")
+        chosen = [others[index] for index in rng.choice(len(others), 2, replace=False)]
+        examples = "".join(f"{JSON_QUESTION.format(key=key)} {value}" for key, value in chosen)
+        front = f"{JSON_TASK}{examples}\n\n"
+        room = count_tokens(front) + 4
+    return dataclasses.replace(record, context=front + record.context)
 
 
 def evaluate_recall(
@@ -61,51 +96,68 @@ def evaluate_recall(
     layout: GistLayout | None = None,
     chunk_size: int | None = None,
     batch_size: int = 8,
-    progress: Callable[[int], None] | None = None,
+    skip: int = 0,
+    done: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """One dict a record: kind, depth, tokens, answer, output, correct, token_accuracy."""
-    layout = model.checked_layout(layout)
-    all_prompts = [
-        [*tokenizer.encode(record.context, bos=True).tolist(), *tokenizer.encode(record.question).tolist()]
-        for record in records
-    ]
-    all_answers = [tokenizer.encode(record.answer).tolist() for record in records]
-    longest = max(map(len, all_prompts)) + max(map(len, all_answers)) + EXTRA_TOKENS
+    """Asks for the facts of all records but the first `skip`.
+
+    Args:
+      method: any of `unigist_jax.inference.methods.METHODS`.
+      layout, chunk_size: as for `unigist_jax.inference.prefill`; the layout's ratio is that of training-free methods.
+      done: called with the samples of each batch.
+
+    Returns:
+      One dict a record: kind, depth, tokens, distance (tokens from the fact to the answer), answer, output, correct,
+      token_accuracy, and cache_bytes (of the sequence, context and room for question and answer).
+    """
+    chosen = get_method(method, model)
+    contexts = [tokenizer.encode(record.context, bos=True).tolist() for record in records]
+    questions = [tokenizer.encode(record.question).tolist() for record in records]
+    answers = [tokenizer.encode(record.answer).tolist() for record in records]
+    lengths = [len(context) + len(question) for context, question in zip(contexts, questions, strict=True)]
+    longest = max(lengths) + max(map(len, answers)) + EXTRA_TOKENS
     capacity = -(-longest // CAPACITY_STEP) * CAPACITY_STEP  # one for all: compiled once
-    samples = []
-    for start in range(0, len(records), batch_size):
-        part, prompts, answers = (x[start : start + batch_size] for x in (records, all_prompts, all_answers))
+    samples: list[dict[str, Any]] = []
+    for start in range(skip, len(records), batch_size):
+        batch = range(start, min(start + batch_size, len(records)))
+        _, cache = chosen.prefill(
+            model, [contexts[i] for i in batch], capacity=capacity, chunk_size=chunk_size, layout=layout
+        )
+        cache_bytes = cache.nbytes // len(batch)
+        scored = score(chosen, model, cache, [questions[i] + answers[i] for i in batch])
         generated = generate(
             model,
-            prompts,
+            [questions[i] for i in batch],
             max_new_tokens=max(map(len, answers)) + EXTRA_TOKENS,
-            stop_tokens=[tokenizer.eos_id],
+            stop_tokens=tokenizer.stop_ids,
             method=method,
-            layout=layout,
-            chunk_size=chunk_size,
-            capacity=capacity,
+            cache=cache,
         )
-        hits = _answer_hits(model, prompts, answers, "full" if method == "full" else "gist", layout)
-        for record, prompt, tokens, accuracy in zip(part, prompts, generated.tokens, hits, strict=True):
-            output = tokenizer.decode(tokens)
-            samples.append(
+        new = []
+        for i, tokens, scores in zip(batch, generated.tokens, scored, strict=True):
+            output, record = tokenizer.decode(tokens), records[i]
+            found = [text.casefold() in output.casefold() for text in record.expected]
+            new.append(
                 {
                     "kind": record.kind,
                     "depth": record.depth,
-                    "tokens": len(prompt),
+                    "tokens": lengths[i],
+                    "distance": round((1 - record.depth) * len(contexts[i])) + len(questions[i]),
                     "answer": record.answer.strip(),
                     "output": output,
-                    "correct": record.answer.strip().casefold() in output.casefold(),
-                    "token_accuracy": accuracy,
+                    "correct": float(np.mean(found)),
+                    "token_accuracy": float(np.mean(scores.is_best[-len(answers[i]) :])),
+                    "cache_bytes": cache_bytes,
                 }
             )
-        if progress is not None:
-            progress(len(samples))
+        samples += new
+        if done is not None:
+            done(new)
     return samples
 
 
 def summarize(samples: Sequence[dict[str, Any]], depth_buckets: int = 5) -> dict[str, Any]:
-    """Accuracy and token accuracy over all samples and by depth."""
+    """Accuracy, token accuracy and mean cache bytes over all samples, and both accuracies by depth."""
 
     def mean(key, chosen):
         return float(np.mean([sample[key] for sample in chosen])) if chosen else None
@@ -117,6 +169,7 @@ def summarize(samples: Sequence[dict[str, Any]], depth_buckets: int = 5) -> dict
             {
                 "depth": (bucket + 0.5) / depth_buckets,
                 "samples": len(inside),
+                "distance": mean("distance", inside),
                 "accuracy": mean("correct", inside),
                 "token_accuracy": mean("token_accuracy", inside),
             }
@@ -125,25 +178,17 @@ def summarize(samples: Sequence[dict[str, Any]], depth_buckets: int = 5) -> dict
         "samples": len(samples),
         "accuracy": mean("correct", samples),
         "token_accuracy": mean("token_accuracy", samples),
+        "cache_bytes": mean("cache_bytes", samples),
         "by_depth": by_depth,
     }
 
 
-def _answer_hits(model, prompts, answers, attention, layout) -> list[float]:
-    """Share of each answer's tokens that have the highest logit given everything right before them, in one pass."""
-    longest = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
-    tokens = np.zeros((len(prompts), -(-longest // layout.ratio) * layout.ratio), np.int32)
-    for row, prompt, answer in zip(tokens, prompts, answers, strict=True):
-        row[: len(prompt) + len(answer)] = prompt + answer
-    widest = max(map(len, answers))
-    first = np.array([len(prompt) - 1 for prompt in prompts], np.int32)
-    best = np.asarray(_best_tokens(model, jnp.asarray(tokens), first, widest, attention=attention, layout=layout))
-    return [float(np.mean(row[: len(answer)] == answer)) for row, answer in zip(best, answers, strict=True)]
-
-
-@partial(jax.jit, static_argnames=("count", "attention", "layout"))
-def _best_tokens(model, tokens, first, count, *, attention, layout):
-    """The most likely next token at `count` positions from `first` [B] on, [B, count]."""
-    hidden = model.hidden_states(tokens, attention=attention, layout=layout)
-    index = jnp.minimum(first[:, None] + jnp.arange(count), tokens.shape[1] - 1)
-    return jnp.argmax(model.logits(jnp.take_along_axis(hidden, index[..., None], axis=1)), axis=-1)
+def markdown(results: Iterable[Mapping[str, Any]]) -> str:
+    """A table of summaries that also hold `task`, `length` and `method`."""
+    lines = ["| task | tokens | method | recall | answer tokens | records | bytes a cache |", "|---|" + 6 * "---|"]
+    for r in results:
+        lines.append(
+            f"| {r['task']} | {r['length']:,} | {r['method']} | {r['accuracy']:.3f} | {r['token_accuracy']:.3f} "
+            f"| {r['samples']} | {r['cache_bytes']:,.0f} |"
+        )
+    return "\n".join(lines) + "\n"

@@ -35,13 +35,14 @@ METHODS = {
     "full": Method(full_attention.prefill, full_attention.decode_logits),
     "activation_beacon": Method(activation_beacon.prefill, decode.decode_logits),
     "autocompressors": Method(autocompressors.prefill, compressed.decode_logits),
-    # training-free, for models of full attention
+    # for models of full attention
     "streaming_llm": Method(streaming_llm.prefill_in_place, compressed.decode_logits),
     "streaming_llm_renumbered": Method(streaming_llm.prefill_renumbered, compressed.decode_logits),
     "snapkv": Method(snapkv.prefill, compressed.decode_logits),
     "pyramidkv": Method(pyramidkv.prefill, compressed.decode_logits),
     "adakv": Method(adakv.prefill, compressed.decode_logits),
 }
+TRAINING_FREE = ("streaming_llm", "streaming_llm_renumbered", "snapkv", "pyramidkv", "adakv")
 
 
 def trained_method(config: LlamaConfig, layout: GistLayout) -> str:
