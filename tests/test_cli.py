@@ -295,3 +295,27 @@ def test_a_converted_model_says_the_same(command, trained, tmp_path):
     assert said[0].strip() and said[0] == said[1]
     assert "Hugging Face weights" in finished.out
     assert_refused(command("convert", *convert), f"--output={output} holds a model already")
+
+
+def test_the_training_benchmark_times_each_case_and_writes_table_and_figures(command, tmp_path):
+    flags = "--shape=tiny --layers=1 --lengths=64 --ratios=4 --remat=attention --steps=1 --sinks=4 --window=8"
+    flags += " --backend=reference --loss_chunk=64 --platform=cpu"
+    finished = command("bench_training", f"--out={tmp_path}", *flags.split())
+    assert finished.code == 0, finished.err
+    full, gist = strict_json((tmp_path / "bench_training.json").read_text())["rows"]
+    assert (full["ratio"], gist["ratio"]) == (None, 4) and "reason" not in full and "reason" not in gist
+    assert gist["tokens_per_second"] == pytest.approx(64 / gist["seconds"])
+    assert gist["useful_flops"] > full["useful_flops"]  # so short a row pays for its gists
+    lines = (tmp_path / "bench_training.md").read_text().splitlines()
+    assert [line.split(" | ")[1] for line in lines[2:]] == ["full", "gist r=4"]
+    assert f"{full['seconds'] / gist['seconds']:.2f}x" in lines[3]
+    assert lines[-1] in finished.out
+
+
+def test_compile_only_tells_what_a_device_needs_and_makes_no_run(command, config_file, tmp_path):
+    flags = ["--compile_only", "--platform=cpu", "--config.model.vocab_size=320"]
+    finished = command("train", f"--config={config_file}", f"--workdir={tmp_path}", *flags)
+    assert finished.code == 0, finished.err
+    assert "a step of 256 raws" in finished.out
+    result = strict_json((tmp_path / "compile-cpu-1.json").read_text())
+    assert result["bytes"]["total"] > 0 and [path.name for path in tmp_path.iterdir()] == ["compile-cpu-1.json"]

@@ -109,7 +109,7 @@ def placed_attention(
     sinks: tuple[Float[Array, "s Hkv D"], Float[Array, "s Hkv D"]],
     layout: GistLayout,
     placement: Placement,
-    doc_start: Int[Array, "B U"],
+    doc_start: Int[Array, "B U"] | None,
     backend: str | None = None,
 ) -> Float[Array, "B P Hq D"]:
     """`gist_attention` of whole rows in placed order, on each device's rows, heads and pieces (context.py)."""

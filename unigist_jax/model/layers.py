@@ -13,10 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from unigist_jax.model.attention import Attention
 from unigist_jax.model.config import LlamaConfig
+
+GATE = "mlp_gate"  # the name under which `jax.checkpoint` policies find the gate's product
 
 
 class Rotary(NamedTuple):
@@ -72,7 +75,7 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x: Float[Array, "B P E"]) -> Float[Array, "B P E"]:
         gate, up, down = (w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
-        return (jax.nn.silu(x @ gate) * (x @ up)) @ down
+        return (jax.nn.silu(checkpoint_name(x @ gate, GATE)) * (x @ up)) @ down
 
 
 class DecoderLayer(nnx.Module):

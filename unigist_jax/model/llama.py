@@ -30,7 +30,7 @@ from unigist_jax.layout import GistLayout, assemble_segment, segment_positions, 
 from unigist_jax.model.attention import INPUTS, full_attention, placed_attention, sink_attention
 from unigist_jax.model.config import Attention, LlamaConfig
 from unigist_jax.model.gist_init import initial_embeddings
-from unigist_jax.model.layers import DecoderLayer, RMSNorm, Rotary, rotary
+from unigist_jax.model.layers import GATE, DecoderLayer, RMSNorm, Rotary, rotary
 from unigist_jax.model.summaries import summary_pass
 from unigist_jax.sharding import constrain
 
@@ -45,6 +45,9 @@ def _save_attention(primitive, *args, **params):
 _REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "attention": _save_attention,
+    "attention_gate": jax.checkpoint_policies.save_from_both_policies(
+        _save_attention, jax.checkpoint_policies.save_only_these_names(GATE)
+    ),
     "dots": jax.checkpoint_policies.save_from_both_policies(
         _save_attention, jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     ),
@@ -124,17 +127,19 @@ class Llama(nnx.Module):
             )
         if attention == "full":
             return self._full_pass(tokens, doc_start, layout)
-        if doc_start is None:
-            doc_start = jnp.zeros((tokens.shape[0], units), jnp.int32)
         if attention == "autocompressors":
+            if doc_start is None:
+                doc_start = jnp.zeros((tokens.shape[0], units), jnp.int32)
             return summary_pass(self, tokens, doc_start, layout)
         return self._gist_pass(tokens, doc_start, layout, placement)
 
     def _gist_pass(self, tokens, doc_start, layout, placement):
         units, batch = placement.piece_units(layout, tokens.shape[1]), tokens.shape[0]
-        starts = placement.place(doc_start).reshape(batch, placement.pieces, units)
+        starts = doc_start
+        if starts is not None:
+            starts = placement.place(starts).reshape(batch, placement.pieces, units)
         positions = segment_positions(layout, units, placement.order * units, starts)
-        angles = rotary(self.config, positions.reshape(batch, -1))
+        angles = rotary(self.config, positions.reshape(-1, placement.pieces * positions.shape[-1]))
 
         def body(streams, layer):
             x, sinks = streams

@@ -70,8 +70,8 @@ def forward_flops(config: LlamaConfig, positions: int, raws: int, pairs: Any) ->
     heads = config.num_heads + config.num_kv_heads
     projections = 2 * config.hidden_size * heads * config.head_dim
     mlp = 3 * config.hidden_size * config.intermediate_size
-    layer = 2 * (projections + mlp) * positions + 4 * config.num_heads * config.head_dim * pairs
-    return config.num_layers * layer + 2 * config.hidden_size * config.vocab_size * raws
+    layer = 2.0 * (projections + mlp) * positions + 4 * config.num_heads * config.head_dim * pairs
+    return config.num_layers * layer + 2.0 * config.hidden_size * config.vocab_size * raws
 
 
 def step_flops(

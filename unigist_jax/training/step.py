@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Float
 
 from unigist_jax.config import RunConfig
 from unigist_jax.layout import GistLayout, refined_starts
@@ -29,11 +29,17 @@ from unigist_jax.training.trainable import joined, split_trainable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Packed rows of one step (`unigist_jax.data`). `doc_start` None: every row is one document."""
+    """Packed rows of one step (`unigist_jax.data`): arrays, or ShapeDtypeStructs to compile for.
 
-    tokens: Int32[Array, "B T"]
-    doc_start: Int32[Array, "B U"] | None
-    loss_mask: Bool[Array, "B T"]
+    Attributes:
+      tokens: int32 [B, T].
+      doc_start: int32 [B, U], or None: every row is one document.
+      loss_mask: bool [B, T].
+    """
+
+    tokens: Any
+    doc_start: Any
+    loss_mask: Any
 
 
 @jax.tree_util.register_dataclass
