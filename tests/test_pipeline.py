@@ -1,5 +1,6 @@
 """The pipeline: one order for any number of processes and any resume, the asked-for mix, and rows from texts."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +167,7 @@ def test_recall_rows_are_records_and_learn_the_answer(tokenizer, filler):
             num_records=num_records,
             seed=3,
             filler=filler,
+            kinds=("needle", "json_kv"),
             digits=4,
             answer_loss_only=answer_loss_only,
         )
@@ -206,3 +208,16 @@ def test_the_tokenizer_of_a_work_directory_is_trained_once(corpus, tmp_path):
     assert [path.name for path in file.parent.iterdir()] == ["tokenizer.model"] and file.stat().st_mtime_ns == written
     with pytest.raises(ValueError, match="vocab_size=320, not 321; use that size, delete the file"):
         load_or_train_tokenizer(tmp_path / "new", corpus, 321)
+
+
+def test_recall_rows_may_ask_several_questions(tokenizer):
+    """Each is followed by its answer, and the answers alone are learned."""
+    options = dict(tokenizer=tokenizer, layout=LAYOUT, row_length=1024, num_records=2, seed=3, digits=4, questions=3)
+    rows = prepare_recall_rows(kinds=("multi_key",), answer_loss_only=True, **options)
+    for row, mask in zip(rows.tokens, rows.loss_mask, strict=True):
+        text = tokenizer.decode(row[row != tokenizer.pad_id])
+        answers = re.findall(r"magic number for (\S+) mentioned in the provided text is: (\d{4})", text)
+        assert len(dict(answers)) == 3
+        assert all(text.count(f"numbers for {key} is: {value}.") == 1 for key, value in answers)
+        assert tokenizer.decode(row[1:][mask[:-1]]).split() == [value for _, value in answers]
+        assert (row != tokenizer.pad_id).sum() > 800

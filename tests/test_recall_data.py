@@ -7,7 +7,14 @@ import uuid
 import numpy as np
 import pytest
 
-from unigist_jax.data.recall import RECALL_KINDS, json_kv_record, needle_record, paragraphs, recall_record
+from unigist_jax.data.recall import (
+    RECALL_KINDS,
+    further_questions,
+    json_kv_record,
+    needle_record,
+    paragraphs,
+    recall_record,
+)
 
 FILLER = [f"Paragraph {i} tells of the sea.\n    It has an indented line." for i in range(5)]
 
@@ -154,3 +161,15 @@ def test_unknown_kinds_and_blank_filler_are_refused():
 
 def test_paragraphs_are_what_lies_between_blank_lines():
     assert paragraphs(["a\nb\n\n  c\n \t\n\nd", "", "\n\ne"]) == ["a\nb", "  c", "d", "e"]
+
+
+def test_further_questions_ask_for_the_other_facts_of_the_context():
+    for kind in ("multi_key", "json_kv"):
+        record = make(kind)
+        others = further_questions(record, np.random.default_rng(0), 5)
+        assert len(dict(others)) == 5 and record.question not in dict(others)
+        for question, answer in others:
+            key = re.search(r'for (\S+) mentioned|Key: "(\S+)"', question)
+            place = record.context.index(key[1] or key[2])
+            assert record.context[place:].index(answer.strip()) < 60
+    assert further_questions(make("needle", filler=FILLER), np.random.default_rng(0), 5) == []

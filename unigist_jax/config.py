@@ -39,6 +39,7 @@ class DataConfig:
       recall_records: how many of those to make.
       recall_kinds: comma-separated kinds (`unigist_jax.data.recall.RECALL_KINDS`).
       recall_digits: digits of a needle's value.
+      recall_questions: questions a record, where its context has answers to so many ("multi_key", "json_kv").
       recall_answer_only: takes the loss of recall rows on the answer alone.
     """
 
@@ -52,6 +53,7 @@ class DataConfig:
     recall_records: int = 2048
     recall_kinds: str = "needle"
     recall_digits: int = 7
+    recall_questions: int = 1
     recall_answer_only: bool = False
 
     def __post_init__(self):
@@ -62,6 +64,7 @@ class DataConfig:
         )
         _require(0 <= self.recall_weight <= 1, f"data.recall_weight={self.recall_weight} must be between 0 and 1")
         _require(self.max_documents >= 0, f"data.max_documents={self.max_documents} must be at least 0 (0 reads all)")
+        _require(self.recall_questions > 0, f"data.recall_questions={self.recall_questions} must be positive")
         _require(self.recall_digits > 0, f"data.recall_digits={self.recall_digits} must be positive")
 
 

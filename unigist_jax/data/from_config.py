@@ -74,6 +74,7 @@ def recall_rows(
         filler=recall_filler(data, split),
         answer_loss_only=data.recall_answer_only,
         digits=data.recall_digits,
+        questions=data.recall_questions,
     )
 
 

@@ -1,7 +1,7 @@
 """Documents of any length into rows of one length, for one-pass training with packed documents.
 
 Every document is padded alone to whole gist units, so that no unit holds tokens of two documents. What remains at the
-end of a row is padding, a document of its own that no real token ever sees.
+end of a row is padding too, of the row's last document: no real token sees it, since it comes after all of them.
 """
 
 from __future__ import annotations
@@ -87,7 +87,6 @@ def pack_documents(
         loss_mask[begin : begin + len(tokens) - 1] = learned[1:]
         doc_start[used[row] :] = used[row]
         used[row] += needed
-        doc_start[used[row] :] = used[row]
     if not rows:
         raise ValueError("there is no document with tokens to pack; check the corpus and its split")
     return PackedRows(*(np.stack(parts) for parts in zip(*rows, strict=True)))

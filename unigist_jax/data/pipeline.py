@@ -15,7 +15,7 @@ import numpy as np
 
 from unigist_jax.data.corpus import load_documents
 from unigist_jax.data.pack import PackedRows, pack_documents
-from unigist_jax.data.recall import RECALL_KINDS, paragraphs, recall_record
+from unigist_jax.data.recall import RECALL_KINDS, further_questions, paragraphs, recall_record
 from unigist_jax.data.tokenize import SENTENCEPIECE_FILE, Tokenizer
 from unigist_jax.layout import GistLayout
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import grain
 
 Batch = dict[str, np.ndarray]
+QUESTION_SLACK = 8  # tokens by which questions of one record may differ in length
 
 
 class TrainData:
@@ -192,8 +193,9 @@ def prepare_recall_rows(
     digits: int = 7,
     key_style: str = "word",
     value_style: str = "numbers",
+    questions: int = 1,
 ) -> PackedRows:
-    """Recall records as rows, each record nearly filling one: `bos_id`, context, question, answer, `eos_id`.
+    """Recall records as rows, each record nearly filling one: `bos_id`, context, questions and answers, `eos_id`.
 
     Record i depends on the seed, i and the options, not on `num_records`; the kinds take turns. Context, question and
     answer are tokenised one by one, as at inference, where the context comes before the question is known.
@@ -205,7 +207,9 @@ def prepare_recall_rows(
       kinds: kinds of records, of `RECALL_KINDS`.
       filler: texts whose paragraphs the needles are hidden in; none hides each needle among others.
       answer_loss_only: learn the answer and `eos_id` only, not the context and the question.
-      digits, key_style, value_style: as for `needle_record`, for both kinds.
+      digits, key_style, value_style: as for `needle_record`, for all kinds.
+      questions: at most so many a record, each with its answer, where the context holds so many facts ("multi_key" and
+        "json_kv"): more to learn from a row.
 
     Raises:
       ValueError: if `num_records` or `kinds` is empty, or `row_length` is too short for a record or not whole units.
@@ -218,18 +222,24 @@ def prepare_recall_rows(
     haystack = paragraphs(filler)
     documents, masks = [], []
     for index in range(num_records):
-        record = recall_record(
-            kinds[index % len(kinds)],
-            np.random.default_rng([seed, index]),
-            num_tokens=row_length - 2,
-            count_tokens=lambda text: len(tokenizer.encode(text)),
-            filler=haystack,
-            digits=digits,
-            key_style=key_style,
-            value_style=value_style,
-        )
-        prompt = [tokenizer.encode(record.context, bos=True), tokenizer.encode(record.question)]
-        answer = tokenizer.encode(record.answer, eos=True)
-        documents.append(np.concatenate([*prompt, answer]))
-        masks.append(np.arange(len(documents[-1])) >= (len(documents[-1]) - len(answer) if answer_loss_only else 0))
+        rng, kind = np.random.default_rng([seed, index]), kinds[index % len(kinds)]
+        options = dict(filler=haystack, digits=digits, key_style=key_style, value_style=value_style)
+        options["count_tokens"] = lambda text: len(tokenizer.encode(text))
+        shares = questions if kind in ("multi_key", "json_kv") else 1
+        record = recall_record(kind, rng, num_tokens=row_length - 2, **options)
+        if shares > 1:  # a shorter context leaves room for the other questions
+            length = len(tokenizer.encode(record.question)) + len(tokenizer.encode(record.answer)) + QUESTION_SLACK
+            room = min((shares - 1) * length, (row_length - 2) // 2)
+            record = recall_record(kind, rng, num_tokens=row_length - 2 - room, **options)
+        asked = [(record.question, record.answer), *(further_questions(record, rng, shares - 1) if shares > 1 else ())]
+        tokens, learned = [tokenizer.encode(record.context, bos=True)], []
+        learned.append(np.zeros(len(tokens[0]), bool))
+        for question, answer in asked:
+            pair = tokenizer.encode(question), tokenizer.encode(answer)
+            if sum(map(len, (*tokens, *pair))) >= row_length:
+                break
+            tokens += pair
+            learned += [np.zeros(len(pair[0]), bool), np.ones(len(pair[1]), bool)]
+        documents.append(np.append(np.concatenate(tokens), tokenizer.eos_id).astype(np.int32))
+        masks.append(np.append(np.concatenate(learned), True) | (not answer_loss_only))
     return pack_documents(documents, row_length=row_length, layout=layout, pad_id=tokenizer.pad_id, loss_masks=masks)

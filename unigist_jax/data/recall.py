@@ -212,6 +212,23 @@ def json_kv_record(
     return RecallRecord(text, question, answer, depth, "json_kv")
 
 
+def further_questions(record: RecallRecord, rng: np.random.Generator, count: int) -> list[tuple[str, str]]:
+    """Up to `count` further facts of the record's context, as questions and answers in a drawn order.
+
+    A needle in a text is the only one there: such a record has no others.
+    """
+    if record.kind == "json_kv":
+        facts = [(JSON_QUESTION.format(key=key), value) for key, value in json.loads(record.context).items()]
+    else:
+        pattern = NEEDLE.format(values=r"(\w+)", key=r"(\S+)", value=r"(\S+)").replace(".", r"\.")
+        facts = [
+            (NEEDLE_QUESTION.format(value_noun=VALUE_NOUNS[noun], key=key), value)
+            for noun, key, value in re.findall(pattern, record.context)
+        ]
+    others = [(question, ANSWER.format(value=value)) for question, value in facts if question != record.question]
+    return [others[index] for index in rng.permutation(len(others))[:count]]
+
+
 def paragraphs(texts: Iterable[str]) -> list[str]:
     """The paragraphs of all texts, as filler: what lies between blank lines, in order, none of them blank."""
     return [part for text in texts for part in re.split(r"\n\s*\n", text) if part.strip()]

@@ -166,7 +166,8 @@ def _read_data(run: RunConfig, tokenizer: Tokenizer) -> tuple[TrainData, Callabl
 
 def heldout_recall_rows(run: RunConfig, tokenizer: Tokenizer) -> PackedRows:
     """Recall records that training never draws, the loss mask on their answers."""
-    asked = dataclasses.replace(run.data, recall_records=run.train.eval_recall_rows, recall_answer_only=True)
+    records = run.train.eval_recall_rows
+    asked = dataclasses.replace(run.data, recall_records=records, recall_answer_only=True, recall_questions=1)
     return recall_rows(asked, run.gist, tokenizer, RECALL_SEED, split="heldout")
 
 

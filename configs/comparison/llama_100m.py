@@ -1,0 +1,39 @@
+"""The comparison at 100M parameters, for one 80 GB GPU a run.
+
+python -m launch.sweep --config=configs/comparison/llama_100m.py --sweep=configs/comparison/methods.py
+
+Rows of 2,048 tokens: the corpus, and recall records that are not the test's. 1.05B tokens a method.
+"""
+
+from unigist_jax.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.model.update(
+        hidden_size=768,
+        intermediate_size=2048,
+        num_layers=16,
+        num_heads=12,
+        num_kv_heads=4,
+        head_dim=64,
+        rope_theta=10_000.0,
+        max_position_embeddings=2048,
+        tie_embeddings=True,
+        dtype="bfloat16",
+        remat="dots",
+    )
+    config.gist.update(ratio=4, num_sinks=128, window=128)
+    config.data.update(
+        vocab_size=4096,
+        row_length=2048,
+        recall_weight=0.5,
+        recall_records=8192,
+        recall_kinds="needle,multi_key",
+        recall_questions=16,
+        recall_digits=4,
+    )
+    config.optim.update(peak_lr=1e-3, warmup_steps=200, final_fraction=0.1)
+    config.train.update(steps=8000, batch_size=64, log_every=10, eval_every=1000, eval_recall_rows=64)
+    config.train.update(checkpoint_every=1000, accumulate=1)
+    return config
