@@ -95,6 +95,11 @@ def main(_: list[str]) -> None:
     long_prompt(run, prompt)
     generate = "generate", f"--workdir={workdir}", f"--prompt_file={prompt}", "--max_new_tokens=96"
     commands.append(run_command(*generate, "--temperature=0.7", "--top_p=0.9", f"--chunk_size={CHUNK}"))
+    cache = output / "prompt.cache"
+    compress = "compress", f"--workdir={workdir}", f"--document={prompt}", f"--output={cache}"
+    commands.append(run_command(*compress, f"--chunk_size={CHUNK}"))
+    ask = "generate", f"--workdir={workdir}", f"--cache={cache}", "--max_new_tokens=24"
+    commands.append(run_command(*ask, "--prompt=\ndef ", "--prompt=\nclass "))
 
     curves = cache_curves(model, run.gist)
     plots.plot_loss(read_metrics(workdir), output / "loss.png")
@@ -161,6 +166,13 @@ Bytes as allocated for one sequence of this model.
 {generated}
 ```
 
+## A document compressed once, asked twice
+
+```
+{compressed}
+{asked}
+```
+
 ## What a model this small can and cannot do
 
 It has seen about {tokens_seen:,} tokens. It writes strings that look like Python and does not understand them. Nor has
@@ -182,6 +194,7 @@ def write_report(output: Path, run: RunConfig, step: int, commands: list[Ran], c
 
     losses = [line["loss"] for line in read_metrics(output / "run") if "loss" in line]
     perplexities, recalls, boundary = result("perplexity")["methods"], result("recall")["results"], result("boundary")
+    *_, generated, compressed, asked = commands
     sizes = zip(*(curve for _, curve in curves.values()), strict=True)
     return REPORT.format(
         python=platform.python_version(),
@@ -210,7 +223,9 @@ def write_report(output: Path, run: RunConfig, step: int, commands: list[Ran], c
             f"| {tokens:,} | " + " | ".join(f"{size:,}" for size in row) + " |"
             for tokens, row in zip(CACHE_TOKENS, sizes, strict=True)
         ),
-        generated=commands[-1].output.rstrip(),
+        generated=generated.output.rstrip(),
+        compressed=compressed.output.rstrip(),
+        asked=asked.output.rstrip(),
         tokens_seen=step * run.train.batch_size * run.data.row_length,
         commands="\n".join(f"- `{ran.command}` ({ran.seconds:.0f} s)" for ran in commands),
     )

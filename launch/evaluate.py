@@ -26,7 +26,7 @@ from unigist_jax.data.from_config import recall_filler, spread_rows, text_rows
 from unigist_jax.evals import perplexity, plots, recall
 from unigist_jax.evals.layouts import evaluation_layout, one_pass_attention
 from unigist_jax.evals.samples import SampleLog
-from unigist_jax.inference.methods import METHODS, trained_method
+from unigist_jax.inference.methods import METHODS, ROUNDED, trained_method
 from unigist_jax.inference.prefill import check_chunk_size
 from unigist_jax.layout import GistLayout
 
@@ -89,7 +89,11 @@ def _check(methods: list[str], layouts: dict[str, GistLayout], lengths: list[int
     for method in methods:
         if suites & {"perplexity", "boundary"}:
             one_pass_attention(method)
-        if suites & {"boundary", "recall"} and method in ("unigist", "activation_beacon"):
+        if "perplexity" in suites and method in ROUNDED:
+            raise ValueError(
+                f"--suite=perplexity reads in one pass, where {method} rounds nothing; take boundary, recall"
+            )
+        if suites & {"boundary", "recall"} and method in ("unigist", "activation_beacon", *ROUNDED):
             check_chunk_size(_CHUNK_SIZE.value, layouts[method])
     if "boundary" in suites:
         for layout in layouts.values():
@@ -131,7 +135,7 @@ def _boundary(evaluation: Evaluation) -> dict:
             layout=layout,
             batch_size=_BATCH.value,
         )
-        losses = by_position(chunk_size=chunk if attention == "gist" else None)
+        losses = by_position(chunk_size=chunk if attention == "gist" else None, gist_dtype=ROUNDED.get(method))
         curves[method] = perplexity.bucketed(losses, _BUCKET.value)
         jump = perplexity.border_jump(losses, chunk, reach=max(1, min(16, chunk // 2)))
         results[method] = curves[method] | {"loss": float(losses.mean()), "border_jump": jump}

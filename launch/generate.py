@@ -3,6 +3,7 @@
 python -m launch.generate --workdir=runs/tiny --prompt="def main(argv):" --max_new_tokens=100
 python -m launch.generate --workdir=runs/tiny --prompt_file=long.py --temperature=0.8 --top_p=0.95
 python -m launch.generate --workdir=path/to/hf_llama --chat --prompt="Who are you?"
+python -m launch.generate --workdir=runs/tiny --cache=book.cache --prompt="Who " --prompt="In the end, "
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from launch.flags import define_workdir, run_main
 from unigist_jax.checkpoints import load_directory
 from unigist_jax.data import StreamDecoder, Tokenizer
 from unigist_jax.inference import Sampling, for_inference, full_cache_bytes, generate
+from unigist_jax.inference.cache_file import load_cache
 from unigist_jax.inference.methods import METHODS
 
 _WORKDIR = define_workdir()
@@ -30,6 +32,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "seed of the sampling")
 _STOP_TOKENS = flags.DEFINE_multi_integer("stop_token", None, "token id that ends a text, beside the end of text")
 _CHUNK_SIZE = flags.DEFINE_integer("chunk_size", None, "raws of a prefill chunk, a multiple of the ratio")
 _CAPACITY = flags.DEFINE_integer("capacity", None, "raws that the cache can hold (default: what this call needs)")
+_CACHE = flags.DEFINE_string("cache", None, "file of launch.compress: each text goes on from its document")
 _METHOD = flags.DEFINE_string("method", None, f"one of {', '.join(METHODS)} (default: as the run was trained)")
 
 
@@ -38,10 +41,15 @@ def main(_: list[str]) -> None:
     texts += [Path(name).read_text() for name in _PROMPT_FILE.value or []]
     if not texts:
         raise ValueError("nothing to continue; give --prompt or --prompt_file")
+    _check_flags_with_cache()
     sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
     loaded = load_directory(_WORKDIR.value)
     model, tokenizer = for_inference(loaded.model), loaded.tokenizer
     prompts = [_prompt(tokenizer, text) for text in texts]
+    cache, read = None, ""
+    if _CACHE.value:
+        cache, documents = load_cache(_CACHE.value, model, tokenizer.fingerprint)
+        read = f"behind {len(documents[0]):,} tokens of {_CACHE.value}; "
     decoders = [StreamDecoder(tokenizer) for _ in prompts]
 
     def show(sequence: int, token: int) -> None:
@@ -58,6 +66,7 @@ def main(_: list[str]) -> None:
         chunk_size=_CHUNK_SIZE.value,
         capacity=_CAPACITY.value,
         method=_METHOD.value,
+        cache=cache,
         on_token=show,
     )
     if len(prompts) == 1:
@@ -69,17 +78,29 @@ def main(_: list[str]) -> None:
     capacity = result.cache.capacity
     full = full_cache_bytes(model.config, capacity, len(prompts))
     print(
-        f"\n[{loaded.origin}; prompts of {', '.join(str(len(p)) for p in prompts)} tokens, "
+        f"\n[{loaded.origin}; {read}prompts of {', '.join(str(len(p)) for p in prompts)} tokens, "
         f"{sum(map(len, result.tokens))} generated]\n"
         f"[KV cache for {capacity} tokens a sequence: {result.cache.nbytes:,} bytes; "
         f"full attention would hold {full:,} ({full / result.cache.nbytes:.2f}x)]"
     )
 
 
+def _check_flags_with_cache() -> None:
+    """Raises ValueError for a flag that means nothing behind a cache file."""
+    given = {"chat": _CHAT.value, "chunk_size": _CHUNK_SIZE.value, "capacity": _CAPACITY.value}
+    given["method"] = _METHOD.value not in (None, "unigist")
+    wrong = [f"--{name}" for name, value in given.items() if value]
+    if _CACHE.value and wrong:
+        raise ValueError(
+            f"{' and '.join(wrong)} with --cache: the document is read already, by unigist; leave that out, or "
+            "give the document with --prompt_file"
+        )
+
+
 def _prompt(tokenizer: Tokenizer, text: str) -> list[int]:
     """The ids that the model continues."""
     if not _CHAT.value:
-        return tokenizer.encode(text, bos=True).tolist()
+        return tokenizer.encode(text, bos=not _CACHE.value).tolist()
     messages = [{"role": "user", "content": text}]
     if _SYSTEM.value:
         messages.insert(0, {"role": "system", "content": _SYSTEM.value})

@@ -176,6 +176,12 @@ def test_train_refuses_the_work_directory_of_another_run(command, config_file, t
             ["--prompt=document", "--capacity=3"],
             ["capacity is 3", "raise the capacity or shorten the prompt"],
         ),
+        (
+            "evaluate",
+            ["--method=unigist_int8"],
+            ["--suite=perplexity reads in one pass", "unigist_int8", "boundary, recall"],
+        ),
+        ("compress", ["--document=absent.txt", "--output=x"], ["absent.txt"]),
         ("generate", ["--prompt=a", "--top_p=1.5"], ["top_p=1.5", "at most 1"]),
         ("generate", [], ["--prompt or --prompt_file"]),
         ("generate", ["--prompt_file=absent.txt"], ["absent.txt"]),
@@ -276,6 +282,32 @@ def test_generate_streams_text_and_tells_the_cache(command, trained):
     per_token = 2 * 2 * 2 * 8 * 4
     held, full = (2 + 64 + 16) * per_token, 256 * per_token
     assert f"{held:,} bytes; full attention would hold {full:,} ({full / held:.2f}x)" in report
+
+
+def test_a_document_is_compressed_once_and_asked_twice(command, trained, tmp_path):
+    """The answers are those of a prompt that holds document and question; the file says what it is not for."""
+    text = "document 7\n\n" + " ".join(f"w{i:x}" for i in range(90))
+    (tmp_path / "document.txt").write_text(text)
+    run, file = f"--workdir={trained[0]}", tmp_path / "document.cache"
+    source = f"--document={tmp_path}/document.txt", f"--output={file}", "--chunk_size=32", "--platform=cpu"
+    finished = command("compress", run, *source)
+    assert finished.code == 0, finished.err
+    said = re.search(r"read (\d+) tokens in .* wrote .*document.cache: ([\d,]+) bytes; full attention", finished.out)
+    assert int(said[2].replace(",", "")) == file.stat().st_size
+    flags = run, "--max_new_tokens=7", "--platform=cpu"
+    asked = command("generate", *flags, f"--cache={file}", "--prompt=\nAnd ", "--prompt=\n")
+    assert asked.code == 0, asked.err
+    assert f"behind {said[1]} tokens of {file}; prompts of" in asked.out
+    whole = []
+    for question in ("\nAnd ", "\n"):
+        (tmp_path / "whole.txt").write_text(text + question)
+        finished = command("generate", *flags, f"--prompt_file={tmp_path}/whole.txt")
+        whole.append(f"continues\n{finished.out.split(chr(10) + '[')[0].rstrip(chr(10))}\n")
+    assert all(answer in asked.out for answer in whole)
+    assert_refused(command("generate", run, f"--cache={file}", "--prompt=a", "--chat"), "--chat with --cache")
+    assert_refused(command("generate", run, f"--cache={tmp_path}/absent", "--prompt=a"), "absent", "launch.compress")
+    file.write_bytes(file.read_bytes()[:-1])
+    assert_refused(command("generate", run, f"--cache={file}", "--prompt=a"), str(file), "truncated", "launch.compress")
 
 
 def test_a_converted_model_says_the_same(command, trained, tmp_path):

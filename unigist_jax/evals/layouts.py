@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from unigist_jax.inference.methods import TRAINING_FREE
+from unigist_jax.inference.methods import ROUNDED, TRAINING_FREE
 from unigist_jax.layout import GistLayout
 from unigist_jax.model import Llama
 
 _ONE_PASS = {
     "unigist": "gist",
+    "unigist_int8": "gist",
+    "unigist_fp8": "gist",
     "activation_beacon": "gist",
     "full": "full",
     "autocompressors": "autocompressors",
@@ -24,8 +26,8 @@ def evaluation_layout(model: Llama, method: str, ratio: int | None) -> GistLayou
     own = model.layout
     if method in ("activation_beacon", "autocompressors") and not own.chunk:
         raise ValueError(f"{method} needs a model trained with chunks: launch.train --config.method={method}")
-    if method == "unigist" and own.chunk:
-        raise ValueError("unigist needs a model trained with a sliding window; this one has chunks (gist.chunk)")
+    if method in ("unigist", *ROUNDED) and own.chunk:
+        raise ValueError(f"{method} needs a model trained with a sliding window; this one has chunks (gist.chunk)")
     ratio = ratio or own.ratio
     if method == "autocompressors" and ratio != own.ratio:
         raise ValueError(f"autocompressors has as many summary tokens as it was trained with: ratio {own.ratio}")

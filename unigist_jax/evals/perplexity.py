@@ -67,6 +67,7 @@ def losses_by_position(
     *,
     attention: str,
     chunk_size: int | None = None,
+    gist_dtype: str | None = None,
     layout: GistLayout | None = None,
     batch_size: int = 8,
 ) -> Float[np.ndarray, " T1"]:
@@ -76,6 +77,7 @@ def losses_by_position(
       documents: raw tokens; T a multiple of the ratio.
       attention: "gist", "full" or "autocompressors".
       chunk_size: reads through the compressed cache in chunks of so many raws; None: in one pass.
+      gist_dtype: what the cache rounds gists to (`GistCache.create`).
       layout: another ratio or window than the model's.
 
     Raises:
@@ -92,7 +94,7 @@ def losses_by_position(
         if chunk_size is None:
             losses = _one_pass_losses(model, batch, None, attention=attention, layout=layout)
         else:
-            losses = _chunked_losses(model, batch, chunk_size, layout)
+            losses = _chunked_losses(model, batch, chunk_size, layout, gist_dtype)
         total += np.asarray(losses, np.float64).sum(0)
     return (total / len(documents))[:-1]
 
@@ -125,10 +127,10 @@ def _one_pass_losses(model, tokens, doc_start, *, attention, layout):
     return token_losses(model, hidden, tokens, min(LOSS_CHUNK, tokens.shape[1]))
 
 
-def _chunked_losses(model: Llama, tokens: np.ndarray, chunk_size: int, layout: GistLayout):
+def _chunked_losses(model: Llama, tokens: np.ndarray, chunk_size: int, layout: GistLayout, gist_dtype: str | None):
     """Losses of documents read through the compressed cache, chunk by chunk."""
     batch, length = tokens.shape
-    cache = GistCache.create(model, batch, length, layout)
+    cache = GistCache.create(model, batch, length, layout, gist_dtype)
     lengths = jnp.full((batch,), length, jnp.int32)
     hidden = []
     for start in range(0, length, chunk_size):

@@ -28,10 +28,14 @@ class Method(NamedTuple):
     decode_logits: Callable
 
 
+ROUNDED = {"unigist_int8": "int8", "unigist_fp8": "float8_e4m3fn"}  # what gists are stored in
+
 METHODS = {
     "unigist": Method(prefill.prefill, decode.decode_logits),
-    "unigist_int8": Method(partial(prefill.prefill, gist_dtype="int8"), decode.decode_logits),
-    "unigist_fp8": Method(partial(prefill.prefill, gist_dtype="float8_e4m3fn"), decode.decode_logits),
+    **{
+        name: Method(partial(prefill.prefill, gist_dtype=dtype), decode.decode_logits)
+        for name, dtype in ROUNDED.items()
+    },
     "full": Method(full_attention.prefill, full_attention.decode_logits),
     "activation_beacon": Method(activation_beacon.prefill, decode.decode_logits),
     "autocompressors": Method(autocompressors.prefill, compressed.decode_logits),

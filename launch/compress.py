@@ -1,0 +1,53 @@
+"""Reads a document into a compressed cache and keeps that as a file, for `launch.generate --cache` to ask about.
+
+python -m launch.compress --workdir=runs/tiny --document=book.txt --output=book.cache
+python -m launch.generate --workdir=runs/tiny --cache=book.cache --prompt="Who " --prompt="In the end, "
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from absl import flags
+from tqdm import tqdm
+
+from launch.flags import define_workdir, run_main
+from unigist_jax.checkpoints import load_directory
+from unigist_jax.inference import for_inference, full_cache_bytes, prefill
+from unigist_jax.inference.cache_file import save_cache
+from unigist_jax.inference.gists import GIST_DTYPES
+
+_WORKDIR = define_workdir()
+_DOCUMENT = flags.DEFINE_string("document", None, "file whose text to read", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "the cache file to write", required=True)
+_CHUNK_SIZE = flags.DEFINE_integer("chunk_size", None, "raws of a prefill chunk, a multiple of the ratio")
+_GIST_DTYPE = flags.DEFINE_enum("gist_dtype", None, GIST_DTYPES, "round gists to it (default: the compute dtype)")
+
+
+def main(_: list[str]) -> None:
+    text = Path(_DOCUMENT.value).read_text()
+    loaded = load_directory(_WORKDIR.value)
+    model, tokenizer = for_inference(loaded.model), loaded.tokenizer
+    tokens = tokenizer.encode(text, bos=True).tolist()
+    began = time.perf_counter()
+    with tqdm(total=len(tokens), unit="token", desc="reading") as bar:
+        _, cache = prefill(
+            model,
+            [tokens],
+            chunk_size=_CHUNK_SIZE.value,
+            gist_dtype=_GIST_DTYPE.value,
+            progress=lambda done: bar.update(done - bar.n),
+        )
+        cache.length.block_until_ready()
+    seconds = time.perf_counter() - began
+    save_cache(_OUTPUT.value, cache, model, [tokens], tokenizer.fingerprint)
+    size, full = Path(_OUTPUT.value).stat().st_size, full_cache_bytes(model.config, len(tokens))
+    print(
+        f"read {len(tokens):,} tokens in {seconds:.1f} s; wrote {_OUTPUT.value}: {size:,} bytes; "
+        f"full attention would hold {full:,} ({full / size:.2f}x)"
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)
