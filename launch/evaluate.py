@@ -21,8 +21,7 @@ from tqdm import tqdm
 
 from launch.flags import define_workdir, output_directory, run_main
 from unigist_jax.checkpoints import Loaded, load_directory
-from unigist_jax.data.corpus import load_documents
-from unigist_jax.data.from_config import recall_filler, spread_rows, text_rows
+from unigist_jax.data.from_config import heldout_rows, recall_filler, texts
 from unigist_jax.evals import perplexity, plots, recall
 from unigist_jax.evals.layouts import evaluation_layout, one_pass_attention
 from unigist_jax.evals.samples import SampleLog
@@ -107,7 +106,7 @@ def _check(methods: list[str], layouts: dict[str, GistLayout], lengths: list[int
 
 def _perplexity(evaluation: Evaluation) -> dict:
     loaded, results = evaluation.loaded, {}
-    rows = spread_rows(text_rows(loaded.data, loaded.model.layout, loaded.tokenizer, "heldout"), _ROWS.value)
+    rows = heldout_rows(loaded.data, loaded.model.layout, loaded.tokenizer, _ROWS.value)
     for method, layout in evaluation.layouts.items():
         attention = one_pass_attention(method)
         result = results[method] = perplexity.packed_perplexity(
@@ -118,12 +117,10 @@ def _perplexity(evaluation: Evaluation) -> dict:
 
 
 def _boundary(evaluation: Evaluation) -> dict:
-    loaded, data = evaluation.loaded, evaluation.loaded.data
-    texts = load_documents(
-        data.source, split="heldout", heldout_fraction=data.heldout_fraction, max_documents=data.max_documents
-    )["text"]
+    loaded = evaluation.loaded
+    heldout = texts(loaded.data, loaded.tokenizer, "heldout")
     length, chunk = evaluation.lengths[-1], _CHUNK_SIZE.value
-    documents = perplexity.long_documents(texts, loaded.tokenizer, length, _DOCUMENTS.value)
+    documents = perplexity.long_documents(heldout, loaded.tokenizer, length, _DOCUMENTS.value)
     curves, results = {}, {}
     for method, layout in evaluation.layouts.items():
         attention = one_pass_attention(method)
@@ -152,7 +149,7 @@ def _boundary(evaluation: Evaluation) -> dict:
 
 def _recall(evaluation: Evaluation) -> dict:
     loaded, results = evaluation.loaded, {}
-    filler = recall_filler(loaded.data, "heldout")
+    filler = recall_filler(loaded.data, "heldout", loaded.tokenizer)
     for length in evaluation.lengths:
         for task in _TASKS.value:
             records = recall.make_records(

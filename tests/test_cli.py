@@ -351,3 +351,25 @@ def test_compile_only_tells_what_a_device_needs_and_makes_no_run(command, config
     assert "a step of 256 raws" in finished.out
     result = strict_json((tmp_path / "compile-cpu-1.json").read_text())
     assert result["bytes"]["total"] > 0 and [path.name for path in tmp_path.iterdir()] == ["compile-cpu-1.json"]
+
+
+def test_prepared_rows_train_and_those_of_another_ratio_do_not(command, config_file, trained, tmp_path):
+    rows, source = tmp_path / "rows", config_file.parent / "corpus"
+    flags = [f"--source={source}", f"--tokenizer={trained[0]}", f"--output={rows}", "--workers=1"]
+    finished = command("prepare_data", *flags, "--ratio=4", "--row_length=64", "--heldout_fraction=0.3")
+    assert finished.code == 0, finished.err
+    assert re.search(r"train: \d+ documents, [\d,]+ tokens, .* rows of 64; \d+.\d\d% padding", finished.out)
+    run = [
+        "train",
+        f"--config={config_file}",
+        f"--workdir={tmp_path}/run",
+        f"--config.data.source={rows}",
+        "--platform=cpu",
+    ]
+    refused = command(*run, "--config.gist.ratio=8")
+    assert_refused(refused, "packed for ratio 4, which gist.ratio=8 does not divide", "launch.prepare_data")
+    finished = command(
+        *run, "--config.model.num_layers=1", "--config.model.attention_backend=reference", "--noprogress"
+    )
+    assert finished.code == 0, finished.err
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 5

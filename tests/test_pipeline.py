@@ -29,6 +29,10 @@ def numbered_rows(count, first=0, row_length=8):
     )
 
 
+def two_sources(second_weight, batch_size, seed):
+    return TrainData([numbered_rows(20), numbered_rows(6, 100)], [1 - second_weight, second_weight], batch_size, seed)
+
+
 def numbers(batch):
     """The row numbers of a batch, once its three parts agree on them."""
     number = batch["tokens"][:, 0]
@@ -58,7 +62,7 @@ def tokenizer(corpus, tmp_path_factory):
 
 @pytest.mark.parametrize("recall_weight", [0.0, 0.3, 1.0])
 def test_processes_share_one_order(recall_weight):
-    data = TrainData(numbered_rows(20), numbered_rows(6, 100), recall_weight, 8, seed=5)
+    data = two_sources(recall_weight, 8, seed=5)
     for step in (0, 3, 1000):
         whole = data.batch(step)
         for count in (1, 2, 4):
@@ -70,7 +74,7 @@ def test_processes_share_one_order(recall_weight):
 
 def test_resuming_at_any_step_continues_the_run():
     def new():
-        return TrainData(numbered_rows(20), numbered_rows(6, 100), 0.3, 4, seed=5)
+        return two_sources(0.3, 4, seed=5)
 
     through = [numbers(new().batch(step)) for step in range(25)]
     data = new()
@@ -79,17 +83,17 @@ def test_resuming_at_any_step_continues_the_run():
 
 
 def test_every_row_comes_once_an_epoch_in_another_order_each_time():
-    data = TrainData(numbered_rows(20), None, 0.0, 4, seed=5)
+    data = TrainData([numbered_rows(20)], [1.0], 4, seed=5)
     epochs = [order(data, range(5 * epoch, 5 * epoch + 5)) for epoch in range(3)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(20))] * 3
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0] and epochs[0] != sorted(epochs[0])
-    assert order(TrainData(numbered_rows(20), None, 0.0, 4, seed=6), range(5)) != epochs[0]
-    assert sorted(order(TrainData(numbered_rows(3), None, 0.0, 8, seed=5), range(3))) == sorted([0, 1, 2] * 8)
+    assert order(TrainData([numbered_rows(20)], [1.0], 4, seed=6), range(5)) != epochs[0]
+    assert sorted(order(TrainData([numbered_rows(3)], [1.0], 8, seed=5), range(3))) == sorted([0, 1, 2] * 8)
 
 
 @pytest.mark.parametrize("recall_weight", [0.0, 0.25, 0.6, 1.0])
 def test_recall_rows_come_with_their_weight(recall_weight):
-    data = TrainData(numbered_rows(20), numbered_rows(6, 100), recall_weight, 10, seed=0)
+    data = two_sources(recall_weight, 10, seed=0)
     drawn = np.array(order(data, range(30)))
     recall = drawn[drawn >= 100]
     assert len(recall) == pytest.approx(300 * recall_weight, abs=1)
@@ -114,20 +118,20 @@ def test_evaluation_sees_every_row_once(batch_size):
     ("change", "message"),
     [
         ({"batch_size": 0}, "batch_size=0"),
-        ({"recall_weight": 1.5}, "recall_weight=1.5"),
-        ({"recall_rows": None}, "needs recall_rows"),
-        ({"recall_rows": numbered_rows(2, row_length=12)}, "same row_length"),
+        ({"weights": [1.0]}, "one for each of 2 sources"),
+        ({"weights": [0.0, 0.0]}, "not all 0"),
+        ({"sources": [numbered_rows(3), numbered_rows(2, row_length=12)]}, "same row_length"),
         ({"seed": -1}, "seed=-1"),
     ],
 )
 def test_unusable_settings_are_refused(change, message):
-    settings = {"rows": numbered_rows(3), "recall_rows": numbered_rows(2), "recall_weight": 0.5, "batch_size": 4}
+    settings = {"sources": [numbered_rows(3), numbered_rows(2)], "weights": [1.0, 1.0], "batch_size": 4}
     with pytest.raises(ValueError, match=message):
         TrainData(**{**settings, "seed": 0, **change})
 
 
 def test_unusable_requests_are_refused():
-    data = TrainData(numbered_rows(3), None, 0.0, 4, seed=0)
+    data = TrainData([numbered_rows(3)], [1.0], 4, seed=0)
     with pytest.raises(ValueError, match="does not divide among 3"):
         data.local_batch(0, 0, 3)
     with pytest.raises(ValueError, match="process_index=2"):

@@ -28,7 +28,8 @@ class DataConfig:
 
     Attributes:
       source: "stdlib" (the Python standard library's sources), or comma-separated .txt, .jsonl, .parquet files, folders
-        or globs.
+        or globs, or comma-separated directories of rows that `launch.prepare_data` wrote.
+      weights: comma-separated shares of those directories in the batches; empty: by their numbers of rows.
       tokenizer: a sentencepiece model, a Hugging Face tokenizer.json, or a directory with one; empty: that of the
         checkpoint to begin with, if there is one, else one of `vocab_size` pieces is trained. Kept in the workdir.
       vocab_size: pieces of that tokenizer.
@@ -44,6 +45,7 @@ class DataConfig:
     """
 
     source: str = "stdlib"
+    weights: str = ""
     tokenizer: str = ""
     vocab_size: int = 2048
     row_length: int = 512

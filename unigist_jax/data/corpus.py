@@ -58,12 +58,12 @@ def load_documents(source: str, *, split: str, heldout_fraction: float, max_docu
         raise ValueError("split='heldout' is empty with heldout_fraction=0; set heldout_fraction above 0")
     if max_documents < 0:
         raise ValueError(f"max_documents={max_documents} must not be negative; use 0 to keep every document")
-    files = _standard_library() if source == "stdlib" else _source_files(source)
+    files = standard_library() if source == "stdlib" else source_files(source)
 
     documents = _read_documents(files, skip_undecodable=source == "stdlib")
     if not len(documents):
         raise ValueError(f"the corpus {source!r} has no document with text; name files with text, or use 'stdlib'")
-    heldout = [_is_heldout(name, heldout_fraction) for name in documents["name"]]
+    heldout = [is_heldout(name, heldout_fraction) for name in documents["name"]]
     if heldout_fraction > 0 and len(set(heldout)) == 1:
         empty, advice = ("train", "lower") if heldout[0] else ("heldout", "raise")
         raise ValueError(
@@ -77,7 +77,7 @@ def load_documents(source: str, *, split: str, heldout_fraction: float, max_docu
 # --- finding files -------------------------------------------------------------------------------------------------
 
 
-def _standard_library() -> list[SourceFile]:
+def standard_library() -> list[SourceFile]:
     """The standard library's Python files, sorted by name, without its tests and without installed packages."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = []
@@ -88,7 +88,7 @@ def _standard_library() -> list[SourceFile]:
     return sorted(files, key=lambda file: file.name)
 
 
-def _source_files(source: str) -> list[SourceFile]:
+def source_files(source: str) -> list[SourceFile]:
     """The files that the comma-separated `source` names, each once, in the order named and sorted within an entry."""
     files: dict[Path, SourceFile] = {}
     for entry in filter(None, map(str.strip, source.split(","))):
@@ -164,6 +164,6 @@ def _read_rows(file: SourceFile) -> Iterator[tuple[str, str | None]]:
         yield f"{file.name}#{index}", text
 
 
-def _is_heldout(name: str, heldout_fraction: float) -> bool:
+def is_heldout(name: str, heldout_fraction: float) -> bool:
     digest = hashlib.sha256(name.encode("utf-8")).digest()
     return int.from_bytes(digest[:8], "big") < heldout_fraction * 2**64

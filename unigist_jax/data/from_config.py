@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -9,15 +10,104 @@ import numpy as np
 from unigist_jax.config import DataConfig
 from unigist_jax.data.corpus import load_documents
 from unigist_jax.data.pack import PackedRows
-from unigist_jax.data.pipeline import load_or_train_tokenizer, prepare_recall_rows, prepare_rows
+from unigist_jax.data.pipeline import Rows, TrainData, load_or_train_tokenizer, prepare_recall_rows, prepare_rows
+from unigist_jax.data.prepared import PreparedRows, is_prepared, read_manifest
 from unigist_jax.data.tokenize import Tokenizer
 from unigist_jax.layout import GistLayout
 
 FILLER_DOCUMENTS = 200
 
 
+def prepared_directories(data: DataConfig) -> list[str]:
+    """The directories of `launch.prepare_data` that a run's source names; none: it names documents.
+
+    Raises:
+      ValueError: if it names both, or weights that are not one for each directory.
+    """
+    entries = [entry.strip() for entry in data.source.split(",") if entry.strip()]
+    prepared = [entry for entry in entries if is_prepared(entry)]
+    if prepared and len(prepared) < len(entries):
+        others = sorted(set(entries) - set(prepared))
+        raise ValueError(f"data.source mixes prepared rows with {others}; prepare those too, with launch.prepare_data")
+    if data.weights and not prepared:
+        raise ValueError(f"data.weights={data.weights!r} are for prepared directories; {data.source!r} names none")
+    return prepared
+
+
+def source_weights(data: DataConfig, counts: list[int]) -> list[float]:
+    """The shares of prepared directories: `data.weights`, or else by their numbers of rows. Raises ValueError."""
+    if not data.weights:
+        return [float(count) for count in counts]
+    try:
+        weights = [float(text) for text in data.weights.split(",")]
+    except ValueError:
+        weights = []
+    if len(weights) != len(counts) or min(weights) < 0 or not sum(weights):
+        raise ValueError(
+            f"data.weights={data.weights!r} must be {len(counts)} numbers, one for each directory, not all 0"
+        )
+    return weights
+
+
+def train_data(data: DataConfig, layout: GistLayout, tokenizer: Tokenizer, batch_size: int, seed: int) -> TrainData:
+    """The batches that a run's config asks for: documents packed here or prepared rows, and recall records."""
+    directories = prepared_directories(data)
+    if directories:
+        sources: list = [_prepared(directory, "train", data, layout, tokenizer) for directory in directories]
+        weights = source_weights(data, [len(rows) for rows in sources])
+    else:
+        sources, weights = [text_rows(data, layout, tokenizer, "train")], [1.0]
+    if data.recall_weight:
+        share = (1 - data.recall_weight) / sum(weights)
+        weights = [weight * share for weight in weights] + [data.recall_weight]
+        sources.append(recall_rows(data, layout, tokenizer, seed))
+    return TrainData(sources, weights, batch_size, seed)
+
+
+def heldout_rows(data: DataConfig, layout: GistLayout, tokenizer: Tokenizer, count: int) -> PackedRows:
+    """At most `count` held-out rows, spread evenly over all. Raises ValueError if there are none."""
+    directories = prepared_directories(data)
+    if not directories:
+        return spread_rows(text_rows(data, layout, tokenizer, "heldout"), count)
+    sources = [_prepared(directory, "heldout", data, layout, tokenizer) for directory in directories]
+    if not any(map(len, sources)):
+        raise ValueError(f"{data.source} holds no held-out rows; prepare it with a larger --heldout_fraction")
+    share = -(-count // sum(len(rows) > 0 for rows in sources))
+    parts = [spread_rows(rows, share) for rows in sources if len(rows)]
+    arrays = (np.concatenate([getattr(part, name) for part in parts]) for name in ("tokens", "doc_start", "loss_mask"))
+    return PackedRows(*arrays)
+
+
+def texts(data: DataConfig, tokenizer: Tokenizer, split: str, count: int | None = None) -> list[str]:
+    """Documents of a split as text, the first `count` or all; of prepared rows, what their first rows decode to."""
+    directories = prepared_directories(data)
+    if not directories:
+        documents = load_documents(
+            data.source, split=split, heldout_fraction=data.heldout_fraction, max_documents=data.max_documents
+        )
+        return list(documents["text"][:count])
+    found: list[str] = []
+    for directory in directories:
+        manifest = read_manifest(directory)
+        layout = GistLayout(manifest["ratio"], 0, 0)
+        rows = PreparedRows(directory, split, layout, manifest["row_length"], tokenizer.fingerprint)
+        for row in range(min(len(rows), count or len(rows))):
+            one = rows.take(np.array([row]))
+            units = one.tokens.reshape(-1, layout.ratio)
+            pieces = [units[one.doc_start[0] == start].ravel() for start in np.unique(one.doc_start)]
+            found += [tokenizer.decode(piece[piece != manifest["pad_id"]]) for piece in pieces]
+    return [text for text in found if text][:count]
+
+
+def _prepared(directory: str, split: str, data: DataConfig, layout: GistLayout, tokenizer: Tokenizer) -> PreparedRows:
+    return PreparedRows(directory, split, layout, data.row_length, tokenizer.fingerprint)
+
+
 def run_tokenizer(workdir: Path, data: DataConfig) -> Tokenizer:
-    """The run's tokenizer, kept in its work directory: a copy of `data.tokenizer`, or one trained on the corpus."""
+    """The run's tokenizer, kept in its work directory: that of `data.tokenizer`, of prepared rows, or a new one."""
+    directories = prepared_directories(data)
+    if directories and not data.tokenizer:
+        data = dataclasses.replace(data, tokenizer=directories[0])
     if not data.tokenizer:
         return load_or_train_tokenizer(
             workdir,
@@ -52,12 +142,9 @@ def text_rows(data: DataConfig, layout: GistLayout, tokenizer: Tokenizer, split:
     )
 
 
-def recall_filler(data: DataConfig, split: str) -> list[str]:
+def recall_filler(data: DataConfig, split: str, tokenizer: Tokenizer) -> list[str]:
     """Texts in which that split's needles hide."""
-    documents = load_documents(
-        data.source, split=split, heldout_fraction=data.heldout_fraction, max_documents=data.max_documents
-    )
-    return documents["text"][:FILLER_DOCUMENTS]
+    return texts(data, tokenizer, split, FILLER_DOCUMENTS)
 
 
 def recall_rows(
@@ -71,14 +158,14 @@ def recall_rows(
         num_records=data.recall_records,
         seed=seed,
         kinds=data.recall_kinds.split(","),
-        filler=recall_filler(data, split),
+        filler=recall_filler(data, split, tokenizer),
         answer_loss_only=data.recall_answer_only,
         digits=data.recall_digits,
         questions=data.recall_questions,
     )
 
 
-def spread_rows(rows: PackedRows, count: int) -> PackedRows:
+def spread_rows(rows: Rows, count: int) -> PackedRows:
     """At most `count` rows, spread evenly over all."""
     chosen = np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int))
-    return PackedRows(rows.tokens[chosen], rows.doc_start[chosen], rows.loss_mask[chosen])
+    return rows.take(chosen)

@@ -27,14 +27,25 @@ class PackedRows:
       doc_start: int32 [N, U], first unit of the document that holds each unit.
       loss_mask: bool [N, T], True where raw i has a target: raw i + 1 exists, is not padding, belongs to the same
         document, and is to be learned.
+      documents: int32 [N, U], the number of the document that each unit is of, as they were given, -1 for padding; None
+        for rows that were not made here.
     """
 
     tokens: Int32[np.ndarray, "N T"]
     doc_start: Int32[np.ndarray, "N U"]
     loss_mask: Bool[np.ndarray, "N T"]
+    documents: Int32[np.ndarray, "N U"] | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def row_length(self) -> int:
+        return self.tokens.shape[1]
+
+    def take(self, rows: np.ndarray) -> PackedRows:
+        """The rows of these numbers, in this order."""
+        return PackedRows(self.tokens[rows], self.doc_start[rows], self.loss_mask[rows])
 
 
 def pack_documents(
@@ -66,26 +77,26 @@ def pack_documents(
     if row_length < 1:
         raise ValueError(f"row_length={row_length} must be at least one unit of ratio={layout.ratio} tokens")
     num_units = layout.num_units(row_length)
-    rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    rows: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
     used: list[int] = []  # units of each row that are taken
     open_rows: list[int] = []
-    for tokens, learned in _pieces(documents, loss_masks, row_length, pad_id):
+    for index, tokens, learned in _pieces(documents, loss_masks, row_length, pad_id):
         needed = -(-len(tokens) // layout.ratio)
-        row = next((index for index in open_rows if used[index] + needed <= num_units), None)
+        row = next((row for row in open_rows if used[row] + needed <= num_units), None)
         if row is None:
             row = len(rows)
-            rows.append(
-                (np.full(row_length, pad_id, np.int32), np.zeros(num_units, np.int32), np.zeros(row_length, bool))
-            )
+            tokens_of_row, mask_of_row = np.full(row_length, pad_id, np.int32), np.zeros(row_length, bool)
+            rows.append((tokens_of_row, np.zeros(num_units, np.int32), mask_of_row, np.full(num_units, -1, np.int32)))
             used.append(0)
             open_rows.append(row)
             if len(open_rows) > OPEN_ROWS:
                 open_rows.remove(max(open_rows, key=used.__getitem__))
-        row_tokens, doc_start, loss_mask = rows[row]
+        row_tokens, doc_start, loss_mask, documents_of_row = rows[row]
         begin = used[row] * layout.ratio
         row_tokens[begin : begin + len(tokens)] = tokens
         loss_mask[begin : begin + len(tokens) - 1] = learned[1:]
         doc_start[used[row] :] = used[row]
+        documents_of_row[used[row] : used[row] + needed] = index
         used[row] += needed
     if not rows:
         raise ValueError("there is no document with tokens to pack; check the corpus and its split")
@@ -109,8 +120,8 @@ def packing_report(rows: PackedRows, pad_id: int) -> dict[str, int | float]:
 
 def _pieces(
     documents: Iterable[np.ndarray], loss_masks: Iterable[np.ndarray] | None, row_length: int, pad_id: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Checked pieces of at most `row_length` tokens, each with its mask."""
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Checked pieces of at most `row_length` tokens, each with its document's number and its mask."""
     pairs = zip(documents, itertools.repeat(None)) if loss_masks is None else zip(documents, loss_masks, strict=True)
     for index, (document, mask) in enumerate(pairs):
         tokens = np.asarray(document)
@@ -128,4 +139,4 @@ def _pieces(
                 f"document {index} has {len(tokens)} tokens, but its loss mask has the shape {learned.shape}"
             )
         for begin in range(0, len(tokens), row_length):
-            yield tokens[begin : begin + row_length], learned[begin : begin + row_length]
+            yield index, tokens[begin : begin + row_length], learned[begin : begin + row_length]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -26,41 +26,48 @@ Batch = dict[str, np.ndarray]
 QUESTION_SLACK = 8  # tokens by which questions of one record may differ in length
 
 
-class TrainData:
-    """Endless training batches, addressed by step. Every row comes once an epoch, in another order each epoch."""
+@runtime_checkable
+class Rows(Protocol):
+    """Packed rows addressed by number: `PackedRows` in memory, `PreparedRows` on disk."""
 
-    def __init__(
-        self, rows: PackedRows, recall_rows: PackedRows | None, recall_weight: float, batch_size: int, seed: int
-    ):
-        """Mixes rows of text with rows of recall records.
+    row_length: int
+
+    def __len__(self) -> int: ...
+
+    def take(self, rows: np.ndarray) -> PackedRows: ...
+
+
+class TrainData:
+    """Endless training batches, addressed by step. Every row of a source comes once an epoch, each time in another
+    order."""
+
+    def __init__(self, sources: Sequence[Rows], weights: Sequence[float], batch_size: int, seed: int):
+        """Mixes the rows of several sources.
 
         Args:
-          rows: rows of text.
-          recall_rows: rows of recall records, of the same length, or None.
-          recall_weight: share of recall rows in the batches, 0 to 1.
+          sources: rows of one length.
+          weights: the sources' shares of the batches, in any unit; 0 leaves a source out.
           batch_size: rows of a global batch.
           seed: fixes the order; 0 to 2**32 - 2.
 
         Raises:
-          ValueError: if an argument is out of range, recall rows are wanted but not given, or their length differs.
+          ValueError: if an argument is out of range, a source to be used is empty, or rows differ in length.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
-        if not 0 <= recall_weight <= 1:
-            raise ValueError(f"recall_weight={recall_weight} must lie between 0 and 1")
         if not 0 <= seed < 2**32 - 1:
             raise ValueError(f"seed={seed} must lie between 0 and 2**32 - 2")
-        if recall_weight > 0 and recall_rows is None:
-            raise ValueError(f"recall_weight={recall_weight} needs recall_rows; make some, or set recall_weight to 0")
-        if recall_rows is not None and recall_rows.tokens.shape[1] != rows.tokens.shape[1]:
-            raise ValueError(
-                f"recall rows of {recall_rows.tokens.shape[1]} tokens do not mix with rows of {rows.tokens.shape[1]}; "
-                "prepare both with the same row_length"
-            )
+        if len(weights) != len(sources) or min(weights, default=0) < 0 or sum(weights) <= 0:
+            raise ValueError(f"weights {tuple(weights)} must be one for each of {len(sources)} sources, not all 0")
+        lengths = sorted({rows.row_length for rows in sources})
+        if len(lengths) > 1:
+            raise ValueError(f"rows of {lengths} tokens do not mix; prepare all with the same row_length")
+        if any(weight and not len(rows) for rows, weight in zip(sources, weights, strict=True)):
+            raise ValueError("a source of a mixture has no rows; leave it out, or give it the weight 0")
         self.batch_size = batch_size
-        self._rows = rows
-        self._recall_rows = recall_rows
-        self._order = _row_order(len(rows), len(recall_rows or ()), recall_weight, seed).batch(batch_size)
+        self._sources = list(sources)
+        self._ends = np.cumsum([len(rows) for rows in sources])
+        self._order = _row_order([len(rows) for rows in sources], weights, seed).batch(batch_size)
 
     def batch(self, step: int) -> Batch:
         """The global batch of `step` (from 0): tokens int32 [B, T], doc_start int32 [B, U], loss_mask bool [B, T]."""
@@ -83,44 +90,43 @@ class TrainData:
         return self._gather(chosen)
 
     def _gather(self, chosen: np.ndarray) -> Batch:
-        """Rows by number: text rows first, recall rows after them."""
-        is_recall = chosen >= len(self._rows)
-        batch = {}
-        for name in ("tokens", "doc_start", "loss_mask"):
-            text = getattr(self._rows, name)
-            batch[name] = text[np.where(is_recall, 0, chosen)]
-            if self._recall_rows is not None:
-                recall = getattr(self._recall_rows, name)
-                batch[name][is_recall] = recall[chosen[is_recall] - len(text)]
-        return batch
+        """Rows by number, counted through all sources."""
+        source = np.searchsorted(self._ends, chosen, side="right")
+        parts, places = [], []
+        for index in np.unique(source):
+            place = np.flatnonzero(source == index)
+            before = self._ends[index - 1] if index else 0
+            parts.append(self._sources[index].take(chosen[place] - before))
+            places.append(place)
+        order = np.argsort(np.concatenate(places))
+        names = ("tokens", "doc_start", "loss_mask")
+        return {name: np.concatenate([getattr(part, name) for part in parts])[order] for name in names}
 
 
-def _row_order(num_rows: int, num_recall_rows: int, recall_weight: float, seed: int) -> grain.MapDataset:
+def _row_order(counts: Sequence[int], weights: Sequence[float], seed: int) -> grain.MapDataset:
     """The endless, shuffled order of row numbers, as a `grain.MapDataset` of ints."""
     import grain
 
-    text = grain.MapDataset.source(np.arange(num_rows)).shuffle(seed=seed).repeat()
-    if recall_weight == 0:
-        return text
-    recall = grain.MapDataset.source(num_rows + np.arange(num_recall_rows)).shuffle(seed=seed + 1).repeat()
-    if recall_weight == 1:
-        return recall
-    return grain.MapDataset.mix([text, recall], weights=[1 - recall_weight, recall_weight])
+    orders, shares, first = [], [], 0
+    for index, (count, weight) in enumerate(zip(counts, weights, strict=True)):
+        if weight:
+            numbers = grain.MapDataset.source(range(first, first + count))
+            orders.append(numbers.shuffle(seed=(seed + index) % (2**32 - 1)).repeat())
+            shares.append(float(weight))
+        first += count
+    return orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, weights=shares)
 
 
-def eval_batches(rows: PackedRows, batch_size: int) -> Iterator[Batch]:
+def eval_batches(rows: Rows, batch_size: int) -> Iterator[Batch]:
     """All rows once, in order; the last batch is filled up with rows whose loss mask is False throughout."""
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
     for begin in range(0, len(rows), batch_size):
         chosen = np.arange(begin, begin + batch_size)
         exists = chosen < len(rows)
-        chosen = np.where(exists, chosen, 0)
-        yield {
-            "tokens": rows.tokens[chosen],
-            "doc_start": rows.doc_start[chosen],
-            "loss_mask": rows.loss_mask[chosen] & exists[:, None],
-        }
+        found = rows.take(np.where(exists, chosen, 0))
+        mask = found.loss_mask & exists[:, None]
+        yield {"tokens": found.tokens, "doc_start": found.doc_start, "loss_mask": mask}
 
 
 # --- rows ----------------------------------------------------------------------------------------------------------

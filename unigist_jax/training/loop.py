@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 
 from unigist_jax.config import MeshConfig, RunConfig, config_differences
 from unigist_jax.data import PackedRows, Tokenizer, TrainData, eval_batches
-from unigist_jax.data.from_config import recall_rows, run_tokenizer, spread_rows, text_rows
+from unigist_jax.data.from_config import heldout_rows, recall_rows, run_tokenizer, train_data
 from unigist_jax.layout import GistLayout
 from unigist_jax.model import Llama
 from unigist_jax.model.hf import load_hf
@@ -149,10 +149,8 @@ def heldout_recall(model: Llama, recall_step: Callable, batches: Iterable[Batch]
 
 def _read_data(run: RunConfig, tokenizer: Tokenizer) -> tuple[TrainData, Callable, Callable | None]:
     """Training batches by step; functions that yield this process's share of held-out batches and of recall records."""
-    recall = recall_rows(run.data, run.gist, tokenizer, run.train.seed) if run.data.recall_weight else None
-    rows = text_rows(run.data, run.gist, tokenizer, "train")
-    data = TrainData(rows, recall, run.data.recall_weight, run.train.batch_size, run.train.seed)
-    heldout_rows = spread_rows(text_rows(run.data, run.gist, tokenizer, "heldout"), run.train.eval_rows)
+    data = train_data(run.data, run.gist, tokenizer, run.train.batch_size, run.train.seed)
+    kept = heldout_rows(run.data, run.gist, tokenizer, run.train.eval_rows) if run.train.eval_every else None
 
     def batches(rows):
         share = run.train.batch_size // jax.process_count()
@@ -161,7 +159,7 @@ def _read_data(run: RunConfig, tokenizer: Tokenizer) -> tuple[TrainData, Callabl
             yield {name: array[mine] for name, array in batch.items()}
 
     records = heldout_recall_rows(run, tokenizer) if run.train.eval_recall_rows else None
-    return data, partial(batches, heldout_rows), records and partial(batches, records)
+    return data, partial(batches, kept), records and partial(batches, records)
 
 
 def heldout_recall_rows(run: RunConfig, tokenizer: Tokenizer) -> PackedRows:
