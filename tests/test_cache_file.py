@@ -36,7 +36,7 @@ def file(model, tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("gist_dtype", [None, "int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("gist_dtype", [None, "float8_e4m3fn"])
 def test_a_cache_read_back_goes_on_as_if_never_away(gist_dtype, model, tmp_path):
     """With more than one page of gists, and a page in progress."""
     _, cache = prefill(model, DOCUMENTS, capacity=500, gist_dtype=gist_dtype)

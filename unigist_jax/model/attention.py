@@ -96,10 +96,15 @@ def step_attention(
 ) -> Float[Array, "B 2 Hq D"]:
     """`decode_attention` on each device's rows and heads."""
 
-    def attend(q, kv, raw_index):
-        return decode_attention(q, kv, layout, raw_index, backend)
+    # no sinks are made where they are wanted: XLA of jax 0.11.2 crashes on empty arrays over several CPU devices
+    sinks, held = (kv[:2] if layout.num_sinks else ()), kv[2:]
 
-    return _on_each_device(attend, (_HEADS, _KV_HEADS, partition_spec("batch")), _HEADS, q, kv, raw_index)
+    def attend(q, held, raw_index, *sinks):
+        none = jnp.zeros((0, *held[0].shape[2:]), held[0].dtype)
+        return decode_attention(q, GistKV(*(sinks or (none, none)), *held), layout, raw_index, backend)
+
+    specs = _HEADS, (_HEADS,) * 4, partition_spec("batch"), *[_SINK_HEADS for _ in sinks]
+    return _on_each_device(attend, specs, _HEADS, q, held, raw_index, *sinks)
 
 
 def placed_attention(
