@@ -10,15 +10,17 @@ import time
 from pathlib import Path
 
 from absl import flags
+from jax.sharding import Mesh
 from tqdm import tqdm
 
-from launch.flags import define_workdir, run_main
+from launch.flags import define_tensor, define_workdir, run_main, tensor_mesh
 from unigist_jax.checkpoints import load_directory
 from unigist_jax.inference import for_inference, full_cache_bytes, prefill
 from unigist_jax.inference.cache_file import save_cache
 from unigist_jax.inference.gists import GIST_DTYPES
 
 _WORKDIR = define_workdir()
+_TENSOR = define_tensor()
 _DOCUMENT = flags.DEFINE_string("document", None, "file whose text to read", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "the cache file to write", required=True)
 _CHUNK_SIZE = flags.DEFINE_integer("chunk_size", None, "raws of a prefill chunk, a multiple of the ratio")
@@ -26,8 +28,13 @@ _GIST_DTYPE = flags.DEFINE_enum("gist_dtype", None, GIST_DTYPES, "round gists to
 
 
 def main(_: list[str]) -> None:
+    with tensor_mesh(_TENSOR.value) as mesh:
+        _compress(mesh)
+
+
+def _compress(mesh: Mesh | None) -> None:
     text = Path(_DOCUMENT.value).read_text()
-    loaded = load_directory(_WORKDIR.value)
+    loaded = load_directory(_WORKDIR.value, mesh)
     model, tokenizer = for_inference(loaded.model), loaded.tokenizer
     tokens = tokenizer.encode(text, bos=True).tolist()
     began = time.perf_counter()

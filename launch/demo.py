@@ -98,7 +98,7 @@ def main(_: list[str]) -> None:
     cache = output / "prompt.cache"
     compress = "compress", f"--workdir={workdir}", f"--document={prompt}", f"--output={cache}"
     commands.append(run_command(*compress, f"--chunk_size={CHUNK}"))
-    ask = "generate", f"--workdir={workdir}", f"--cache={cache}", "--max_new_tokens=24"
+    ask = "generate", f"--workdir={workdir}", f"--cache={cache}", "--max_new_tokens=24", "--temperature=0.7"
     commands.append(run_command(*ask, "--prompt=\ndef ", "--prompt=\nclass "))
 
     curves = cache_curves(model, run.gist)
@@ -112,7 +112,7 @@ def main(_: list[str]) -> None:
 REPORT = """\
 # UniGist on a CPU: train, compress, evaluate, generate
 
-Python {python}, {versions}; {cores} CPU cores; {seconds:.0f} s in all.
+Python {python}, {versions}; CPU cores: {cores}; {seconds:.0f} s in all.
 
 A Llama of {model.num_layers} layers of {model.hidden_size}, ratio {gist.ratio}, {gist.num_sinks} sinks, window
 {gist.window}, trained from random weights for {step} steps of {train.batch_size} rows of {data.row_length} tokens
@@ -199,7 +199,7 @@ def write_report(output: Path, run: RunConfig, step: int, commands: list[Ran], c
     return REPORT.format(
         python=platform.python_version(),
         versions=", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "optax")),
-        cores=os.cpu_count(),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         seconds=seconds,
         model=run.model,
         gist=run.gist,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from absl import app, flags, logging
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 _PLATFORM = flags.DEFINE_string("platform", None, "jax platform to run on: cpu, gpu, tpu (default: what jax finds)")
 flags.disclaim_key_flags()  # what the functions below define belongs to the command that calls them, and to its --help
@@ -57,6 +61,26 @@ def define_workdir() -> flags.FlagHolder[str]:
     """The --workdir flag of commands that read a trained model."""
     text = "work directory of launch.train, or directory of a Hugging Face Llama"
     return flags.DEFINE_string("workdir", None, text, required=True)
+
+
+def define_tensor() -> flags.FlagHolder[int]:
+    """The --tensor flag of commands that can spread a model over several devices."""
+    return flags.DEFINE_integer("tensor", 1, "devices that share the heads and columns of each layer", lower_bound=1)
+
+
+@contextlib.contextmanager
+def tensor_mesh(devices: int) -> Iterator[Mesh | None]:
+    """The mesh of so many devices, in force within; None for one. Raises ValueError if there are fewer."""
+    if devices == 1:
+        yield None
+        return
+    import jax
+
+    from unigist_jax.sharding import make_mesh
+
+    mesh = make_mesh(data=1, tensor=devices, devices=jax.devices()[:devices])
+    with jax.set_mesh(mesh):
+        yield mesh
 
 
 def output_directory(value: str | None, workdir: str, name: str) -> Path:

@@ -11,8 +11,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from absl import flags
+from jax.sharding import Mesh
 
-from launch.flags import define_workdir, run_main
+from launch.flags import define_tensor, define_workdir, run_main, tensor_mesh
 from unigist_jax.checkpoints import load_directory
 from unigist_jax.data import StreamDecoder, Tokenizer
 from unigist_jax.inference import Sampling, for_inference, full_cache_bytes, generate
@@ -20,6 +21,7 @@ from unigist_jax.inference.cache_file import load_cache
 from unigist_jax.inference.methods import METHODS
 
 _WORKDIR = define_workdir()
+_TENSOR = define_tensor()
 _PROMPT = flags.DEFINE_multi_string("prompt", None, "text to continue; give it again for a batch of prompts")
 _PROMPT_FILE = flags.DEFINE_multi_string("prompt_file", None, "file whose text to continue; likewise")
 _CHAT = flags.DEFINE_bool("chat", False, "give each text as a user's message, by the tokenizer's chat template")
@@ -37,13 +39,18 @@ _METHOD = flags.DEFINE_string("method", None, f"one of {', '.join(METHODS)} (def
 
 
 def main(_: list[str]) -> None:
+    with tensor_mesh(_TENSOR.value) as mesh:
+        _generate(mesh)
+
+
+def _generate(mesh: Mesh | None) -> None:
     texts = list(_PROMPT.value or [])
     texts += [Path(name).read_text() for name in _PROMPT_FILE.value or []]
     if not texts:
         raise ValueError("nothing to continue; give --prompt or --prompt_file")
     _check_flags_with_cache()
     sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
-    loaded = load_directory(_WORKDIR.value)
+    loaded = load_directory(_WORKDIR.value, mesh)
     model, tokenizer = for_inference(loaded.model), loaded.tokenizer
     prompts = [_prompt(tokenizer, text) for text in texts]
     cache, read = None, ""

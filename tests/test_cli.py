@@ -112,8 +112,8 @@ def test_help_names_every_flag(name, command):
     text = finished.out + finished.err
     named = set(re.findall(r"^ *(?:-\w,)?--(?:\[no\])?(\w+):", text, re.MULTILINE))
     expected = own_flags(name) | {"platform"}
-    if "define_workdir" in (ROOT / "launch" / f"{name}.py").read_text():
-        expected.add("workdir")
+    source = (ROOT / "launch" / f"{name}.py").read_text()
+    expected |= {flag for flag in ("workdir", "tensor") if f"define_{flag}" in source}
     assert named >= expected, text
     assert "Traceback" not in text
 
@@ -181,6 +181,7 @@ def test_train_refuses_the_work_directory_of_another_run(command, config_file, t
             ["--method=unigist_int8"],
             ["--suite=perplexity reads in one pass", "unigist_int8", "boundary, recall"],
         ),
+        ("generate", ["--prompt=a", "--tensor=3"], ["'tensor': 3", "needs 3 devices, but there are 1"]),
         ("compress", ["--document=absent.txt", "--output=x"], ["absent.txt"]),
         ("generate", ["--prompt=a", "--top_p=1.5"], ["top_p=1.5", "at most 1"]),
         ("generate", [], ["--prompt or --prompt_file"]),

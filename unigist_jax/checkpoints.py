@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import logging
+from jax.sharding import Mesh
 
 from unigist_jax.config import DataConfig, MeshConfig, OptimConfig, RunConfig, TrainConfig
 from unigist_jax.data import Tokenizer
@@ -53,26 +54,27 @@ def hf_layout(directory: str | Path) -> GistLayout | None:
     return layout_from_hf(json.loads((Path(directory) / CONFIG_FILE).read_text()))
 
 
-def load_directory(directory: str | Path, **hf_options: Any) -> Loaded:
+def load_directory(directory: str | Path, mesh: Mesh | None = None, **hf_options: Any) -> Loaded:
     """The model and the tokenizer in a directory.
 
     Args:
       directory: a work directory of `launch.train`, or a Hugging Face Llama checkpoint with its tokenizer.
-      **hf_options: arguments of `load_hf` for the latter. For a plain Llama checkpoint without a `layout` among them,
-        the layout is `GistLayout()`, with untrained gists, and the model's `attention` is "full".
+      mesh: over which the weights are spread; None: the first device has them all.
+      **hf_options: further arguments of `load_hf` for the latter. For a plain Llama checkpoint without a `layout` among
+        them, the layout is `GistLayout()`, with untrained gists, and the model's `attention` is "full".
 
     Raises:
       FileNotFoundError, ValueError: if the directory holds neither, or what it holds is damaged; naming the file.
     """
     directory = Path(directory)
     if not is_hf_directory(directory):
-        run, model, step = load_trained(directory)
+        run, model, step = load_trained(directory, mesh)
         return Loaded(model, Tokenizer.load(directory), run.data, step)
     tokenizer = Tokenizer.load(directory)
     if "layout" not in hf_options and hf_layout(directory) is None:
         logging.warning("%s is a plain Llama checkpoint: its gists are untrained, so it attends fully", directory)
         hf_options = {"layout": GistLayout(), "attention": "full"} | hf_options
-    model = load_hf(directory, **hf_options)
+    model = load_hf(directory, mesh=mesh, **hf_options)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"{directory}: the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}; "

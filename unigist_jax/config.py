@@ -15,6 +15,7 @@ from unigist_jax.context import Placement
 from unigist_jax.layout import GistLayout
 from unigist_jax.model import LlamaConfig, RopeScaling
 from unigist_jax.model.summaries import check_summaries
+from unigist_jax.sharding import check_split
 
 
 def _require(condition: bool, message: str) -> None:
@@ -190,10 +191,7 @@ class RunConfig:
             self.optim.warmup_steps < self.train.steps,
             f"optim.warmup_steps={self.optim.warmup_steps} must be below train.steps={self.train.steps}",
         )
-        split = {"hidden_size": "fsdp", "num_kv_heads": "tensor", "intermediate_size": "tensor", "vocab_size": "tensor"}
-        for name, axis in split.items():
-            size, parts = getattr(self.model, name), getattr(self.mesh, axis)
-            _require(parts < 1 or size % parts == 0, f"mesh.{axis}={parts} does not divide model.{name}={size}")
+        check_split(self.model, dataclasses.asdict(self.mesh))
         rows, parts = self.mesh.data * self.mesh.fsdp, self.train.accumulate
         _require(
             rows < 1 or self.train.batch_size % (rows * parts) == 0,

@@ -8,6 +8,7 @@ Mesh axes
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -80,6 +81,15 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, context: int = 1, 
         raise ValueError(f"mesh {sizes} needs {math.prod(sizes.values())} devices, but there are {len(devices)}")
     shape = tuple(sizes[axis] for axis in MESH_AXES)
     return Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(shape))
+
+
+def check_split(config: Any, sizes: Mapping[str, int]) -> None:
+    """Raises ValueError unless a mesh of these sizes splits a model of this config evenly. -1 is not looked at."""
+    split = {"hidden_size": "fsdp", "num_kv_heads": "tensor", "intermediate_size": "tensor", "vocab_size": "tensor"}
+    for name, axis in split.items():
+        size, parts = getattr(config, name), sizes[axis]
+        if parts > 0 and size % parts:
+            raise ValueError(f"mesh.{axis}={parts} does not divide model.{name}={size}")
 
 
 def parameter_path(path: tuple) -> str:

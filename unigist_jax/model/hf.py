@@ -33,7 +33,7 @@ from unigist_jax.model.gist_init import initial_embeddings
 from unigist_jax.model.hf_config import config_from_hf, config_to_hf, layout_from_hf
 from unigist_jax.model.hf_weights import GIST_PARAMETERS, HF_WEIGHTS, is_stacked, names_and_shape
 from unigist_jax.model.llama import Llama
-from unigist_jax.sharding import parameter_path, tree_shardings
+from unigist_jax.sharding import check_split, parameter_path, tree_shardings
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -245,6 +245,8 @@ def load_hf(
     hf = _read_json(directory / CONFIG_FILE)
     config = config_from_hf(hf, **overrides)
     layout = _checked_layout(directory, hf, layout)
+    if mesh is not None:
+        check_split(config, mesh.shape)
     abstract = jax.eval_shape(lambda: Llama(config, layout, rngs=nnx.Rngs(params=0)))
     leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract)
     parameters = {parameter_path(path): leaf for path, leaf in leaves}

@@ -21,10 +21,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh
 
 from unigist_jax.config import RunConfig, config_differences
 from unigist_jax.model import Llama, init_llama
-from unigist_jax.sharding import abstract_on, make_mesh
+from unigist_jax.sharding import abstract_on, check_split, make_mesh
 from unigist_jax.training.step import TrainState
 
 CONFIG_FILE = "config.json"
@@ -203,14 +204,21 @@ def has_checkpoint(workdir: Path) -> bool:
     return directory.is_dir() and any(entry.name.isdigit() for entry in directory.iterdir())
 
 
-def load_trained(workdir: Path) -> tuple[RunConfig, Llama, int]:
-    """The run in a work directory, its latest model on one device (the first), and the step it was saved at."""
+def load_trained(workdir: Path, mesh: Mesh | None = None) -> tuple[RunConfig, Llama, int]:
+    """The run in a work directory, its latest model, and the step it was saved at.
+
+    Args:
+      workdir: the directory.
+      mesh: over which the weights are spread; None: the first device has them all.
+    """
     run = read_run(workdir)
+    if mesh is not None:
+        check_split(run.model, mesh.shape)
     if not has_checkpoint(workdir):
         raise ValueError(f"{workdir} holds no checkpoint yet; let launch.train reach its first one")
     checkpoints = Checkpoints(workdir)
     step = checkpoints.latest_step()
-    mesh = make_mesh(devices=jax.devices()[:1])
+    mesh = mesh or make_mesh(devices=jax.devices()[:1])
     model = checkpoints.restore_model(abstract_on(mesh, jax.eval_shape(lambda: init_llama(run.model, run.gist, 0))))
     checkpoints.close()
     return run, model, step
