@@ -29,7 +29,7 @@ def plot_loss(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure.savefig(path)
 
 
-def plot_by_position(curves: Mapping[str, Mapping[str, Sequence[float]]], chunk_size: int | None, path: Path) -> None:
+def plot_by_position(curves: Mapping[str, Mapping[str, Any]], chunk_size: int | None, path: Path) -> None:
     """Perplexity by position, one curve a name (`perplexity.bucketed`), with chunk borders marked."""
     figure, axes = _figure("Held-out perplexity by position", "position in the document (tokens)", "perplexity")
     last = 0.0
@@ -54,6 +54,27 @@ def plot_recall(summaries: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         axes.plot(depths, [b["token_accuracy"] for b in buckets], f"C{index}x--", label=f"{name}, answer tokens")
     axes.set_ylim(-0.03, 1.03)
     axes.legend()
+    figure.savefig(path)
+
+
+def plot_recall_by_distance(curves: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]], path: Path) -> None:
+    """Share of answer tokens right by distance from the fact to the question: a panel a task, a curve a method."""
+    from matplotlib.figure import Figure
+
+    tasks = list(dict.fromkeys(task for by_task in curves.values() for task in by_task))
+    figure = Figure(figsize=(5 * len(tasks), 4.5), dpi=110, layout="constrained")
+    panels = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
+    for axes, task in zip(panels, tasks, strict=True):
+        for index, (name, by_task) in enumerate(curves.items()):
+            buckets = [bucket for bucket in by_task[task] if bucket["samples"]]
+            points = sorted((bucket["distance"], bucket["token_accuracy"]) for bucket in buckets)
+            style = "o-" if index < 5 else "x--"
+            axes.plot(*zip(*points, strict=True), style, color=f"C{index % 10}", label=name, linewidth=1.2)
+        axes.set(title=task, xlabel="tokens from the fact to the answer", ylim=(-0.03, 1.03))
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("share of answer tokens right")
+    panels[-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path)
 
 

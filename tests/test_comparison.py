@@ -1,0 +1,57 @@
+"""The comparison: what it collects from the files of trainings and evaluations, and its configs."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+from unigist_jax.evals import comparison
+from unigist_jax.sweeps.spec import read_sweep, resolve
+
+FOLDER = Path(__file__).parent.parent / "configs" / "comparison"
+
+
+@pytest.mark.parametrize(
+    ("config", "sweep"), [("llama_100m", "methods"), ("llama_26m", "methods"), ("micro", "methods_micro")]
+)
+def test_methods_differ_in_nothing_else(config, sweep):
+    """All runs have the same model, data, optimizer and budget but for what the method is."""
+    base = importlib.import_module(f"configs.comparison.{config}").get_config()
+    runs = {run.name: resolve(base, run) for run in read_sweep(FOLDER / f"{sweep}.py")}
+    assert list(runs) == ["full", "unigist,r=4", "unigist,r=8", "activation_beacon", "autocompressors"]
+    full = runs["full"]
+    for run in runs.values():
+        assert (run.data, run.optim, run.train) == (full.data, full.optim, full.train)
+        assert run.to_dict()["model"] | {"attention": "full"} == full.to_dict()["model"]
+    assert runs["autocompressors"].gist.num_sinks * 4 == runs["activation_beacon"].gist.chunk
+
+
+def write(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+def test_rows_are_those_of_the_files(tmp_path):
+    def summary(method, length, accuracy):
+        by_depth = [{"depth": 0.5, "distance": length / 2, "samples": 2, "accuracy": accuracy, "token_accuracy": 0.75}]
+        named = {"task": "needle", "length": length, "method": method, "accuracy": accuracy, "token_accuracy": 0.75}
+        return named | {"samples": 2, "cache_bytes": 10 * length, "by_depth": by_depth}
+
+    cases = [("full", 64, 1.0), ("full", 128, 0.5), ("snapkv", 64, 0.25), ("snapkv", 128, 0.0)]
+    write(tmp_path / "e" / "recall.json", {"results": {str(case): summary(*case) for case in cases}})
+    write(tmp_path / "e" / "perplexity.json", {"methods": {"full": {"perplexity": 12.345}}})
+    curve = {"position": [1, 17], "perplexity": [20.0, 10.0], "border_jump": -0.5, "loss": 1.0}
+    write(tmp_path / "e" / "boundary.json", {"methods": {"full": curve}})
+    speeds = [100.0, 3000.0, 5000.0]
+    lines = "".join(json.dumps({"step": i, "tokens_per_second": speed}) + "\n" for i, speed in enumerate(speeds))
+    (tmp_path / "metrics.jsonl").write_text(lines)
+
+    rows = comparison.rows_of_run("full,seed=1", tmp_path, tmp_path / "e")
+    assert [(row["method"], row["trained"]) for row in rows] == [("full,seed=1", True), ("snapkv", False)]
+    table = comparison.write(rows, 16, tmp_path)
+    assert "| full,seed=1 | yes | 1.00 (0.75) | 0.50 (0.75) | 12.35 | -0.500 | 1,280 | 3,000 |" in table
+    assert "| snapkv | no | 0.25 (0.75) | 0.00 (0.75) |  |  | 1,280 |  |" in table
+    assert json.loads((tmp_path / "comparison.json").read_text()) == rows
+    for name in ("perplexity_by_position", "recall_by_distance"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
