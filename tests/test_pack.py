@@ -93,6 +93,7 @@ def test_a_small_example():
     tokens.append([2001, 2002, 2003, 2004, 2005, 2006, 2007, 2008])
     np.testing.assert_array_equal(rows.tokens, tokens)
     np.testing.assert_array_equal(rows.doc_start, [[0, 0, 0, 3], [0, 0, 2, 2], [0, 0, 0, 0]])
+    np.testing.assert_array_equal(rows.documents, [[0, 0, 0, 2], [1, 1, 3, 3], [2, 2, 2, 2]])
     targets = [[1, 1, 1, 1, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1, 0]]
     np.testing.assert_array_equal(rows.loss_mask, np.array(targets, bool))
     report = packing_report(rows, PAD)

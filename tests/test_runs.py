@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import resource
 import shutil
 
 import jax
@@ -179,6 +180,21 @@ def test_checkpoint_of_other_shapes_is_refused(copied):
     message = r"another model or layout: layers.mlp.down: checkpoint \(2, 24, 16\), model \(2, 48, 16\)"
     with pytest.raises(ValueError, match=message + r".*sink_embedding: checkpoint \(2, 16\), model \(3, 16\)"):
         load_trained(copied)
+
+
+def test_a_full_disk_is_named_and_costs_no_checkpoint(run, tmp_path, uninterrupted):
+    """Files may not grow beyond 4 KB, as if there were no room; then there is again, and the run goes on."""
+    train(run, tmp_path, stop_at_step=3, **QUIET)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        message = r"cannot be written to .*checkpoints \(.*the one of step 3 is whole. Free some space"
+        with pytest.raises(OSError, match=message):
+            train(run, tmp_path, **QUIET)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    state = train(run, tmp_path, **QUIET)
+    assert_same_bits(state.model, uninterrupted[1].model)
 
 
 def truncate(*files):

@@ -27,8 +27,8 @@ class PackedRows:
       doc_start: int32 [N, U], first unit of the document that holds each unit.
       loss_mask: bool [N, T], True where raw i has a target: raw i + 1 exists, is not padding, belongs to the same
         document, and is to be learned.
-      documents: int32 [N, U], the number of the document that each unit is of, as they were given, -1 for padding; None
-        for rows that were not made here.
+      documents: int32 [N, U], the number of the document that each unit is of, as they were given, padding with the
+        row's last; None for rows that were not made here.
     """
 
     tokens: Int32[np.ndarray, "N T"]
@@ -86,7 +86,8 @@ def pack_documents(
         if row is None:
             row = len(rows)
             tokens_of_row, mask_of_row = np.full(row_length, pad_id, np.int32), np.zeros(row_length, bool)
-            rows.append((tokens_of_row, np.zeros(num_units, np.int32), mask_of_row, np.full(num_units, -1, np.int32)))
+            starts, numbers = np.zeros(num_units, np.int32), np.zeros(num_units, np.int32)
+            rows.append((tokens_of_row, starts, mask_of_row, numbers))
             used.append(0)
             open_rows.append(row)
             if len(open_rows) > OPEN_ROWS:
@@ -96,7 +97,7 @@ def pack_documents(
         row_tokens[begin : begin + len(tokens)] = tokens
         loss_mask[begin : begin + len(tokens) - 1] = learned[1:]
         doc_start[used[row] :] = used[row]
-        documents_of_row[used[row] : used[row] + needed] = index
+        documents_of_row[used[row] :] = index
         used[row] += needed
     if not rows:
         raise ValueError("there is no document with tokens to pack; check the corpus and its split")

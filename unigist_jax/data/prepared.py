@@ -3,7 +3,7 @@
   DIR/manifest.json            what the rows are packed for and what they hold; written last: there is nothing to come
   DIR/tokenizer.*              the tokenizer
   DIR/train/00000/tokens.npy   uint16 or int32 [N, T]; memory-mapped, so a row costs what it reads
-  DIR/train/00000/documents.npy  int32 [N, U], number of the document that each unit is of; -1 padding
+  DIR/train/00000/documents.npy  int32 [N, U], number of the document that each unit is of
   DIR/train/00000/mask.npy     uint8 [N, ceil(T / 8)], the loss mask's bits
   DIR/train/00000/names.txt    the documents' names, one a line, in the order of their numbers
   DIR/train/00000/stats.json   counts

@@ -74,7 +74,8 @@ class Checkpoints:
             "model": ocp.args.StandardSave(_named(state.model)),
             "optimizer": ocp.args.StandardSave(_named(state.opt_state)),
         }
-        self._manager.save(step, args=ocp.args.Composite(**items))
+        with self._failure_named():  # of this save or, since they go on in the background, of the one before
+            self._manager.save(step, args=ocp.args.Composite(**items))
 
     def save_model(self, model: Llama, step: int) -> None:
         """Saves a model alone, without an optimizer."""
@@ -102,8 +103,26 @@ class Checkpoints:
         return [_filled(tree, restored[item]) for item, tree in like.items()]
 
     def close(self) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits for the save in progress. Raises OSError if it fails."""
+        try:
+            with self._failure_named():
+                self._manager.wait_until_finished()
+        finally:
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _failure_named(self) -> Iterator[None]:
+        """Says what is left and how to go on where a checkpoint cannot be written: a full disk, a lost mount."""
+        try:
+            yield
+        except Exception as error:  # tensorstore raises ValueError for a full disk, others OSError
+            reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" …")
+            whole = sorted(int(entry.name) for entry in self._directory.iterdir() if entry.name.isdigit())
+            left = f"the one of step {whole[-1]} is whole" if whole else "there is none before it"
+            raise OSError(
+                f"a checkpoint cannot be written to {self._directory} ({reason}); {left}. Free some space, then run "
+                "the same command again to go on from there"
+            ) from error
 
 
 @contextlib.contextmanager

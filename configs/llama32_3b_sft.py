@@ -1,0 +1,13 @@
+"""Fine-tuning of the 3B model that configs/llama32_3b.py made, as in the paper: 1B tokens, r = 4.
+
+python -m launch.train --config=configs/llama32_3b_sft.py --workdir=runs/llama32_3b_sft --init_from=runs/llama32_3b-hf
+
+477 steps of 2.1M tokens, the loss on answers alone. runs/llama32_3b-hf is what launch.convert makes of runs/llama32_3b.
+Shares of the four sources follow their numbers of rows unless --config.data.weights says otherwise.
+"""
+
+from configs import _llama
+
+
+def get_config():
+    return _llama.finetuning("llama3.2-3b")
