@@ -99,7 +99,7 @@ def main(_: list[str]) -> None:
     compress = "compress", f"--workdir={workdir}", f"--document={prompt}", f"--output={cache}"
     commands.append(run_command(*compress, f"--chunk_size={CHUNK}"))
     ask = "generate", f"--workdir={workdir}", f"--cache={cache}", "--max_new_tokens=24", "--temperature=0.7"
-    commands.append(run_command(*ask, "--prompt=\ndef ", "--prompt=\nclass "))
+    commands.append(run_command(*ask, "--prompt=def ", "--prompt=class "))
 
     curves = cache_curves(model, run.gist)
     plots.plot_loss(read_metrics(workdir), output / "loss.png")

@@ -23,7 +23,8 @@ def for_inference(model: Llama) -> Llama:
     """The same function as `model`, its layers apart, its weights but those of norms in the config's dtype.
 
     Consumes `model`: its arrays are freed one by one, so that beside the weights the device holds one stack at most.
-    What is apart already is taken as it is. Shardings are kept.
+    What is apart already is taken as it is. Shardings are kept, but for the embeddings on a mesh with `tensor`: split
+    by rows they would be gathered whole at every step, so their columns are split.
     """
     config = model.config
     if model.is_stacked:
@@ -40,16 +41,27 @@ def for_inference(model: Llama) -> Llama:
     out = jax.tree.map(lambda x: x, model)
     out.layers = apart
     for name in ("embedding", "gist_embedding", "sink_embedding", "head"):
-        parameter = getattr(out, name)
-        if parameter is not None and parameter[...].dtype != config.dtype:
-            old = parameter[...]
-            setattr(out, name, nnx.Param(old.astype(config.dtype)))
-            old.delete()
+        if getattr(out, name) is not None:
+            old = getattr(out, name)[...]
+            placed = _by_columns(old.sharding, old.shape) if name == "embedding" else old.sharding
+            if old.dtype != config.dtype or placed != old.sharding:
+                setattr(out, name, nnx.Param(jax.device_put(old.astype(config.dtype), placed)))
+                old.delete()
     return out
 
 
+def _by_columns(sharding, shape: tuple[int, int]):
+    """Columns of a table over the mesh's `tensor` axis, where there is one that divides them."""
+    devices = sharding.mesh.shape.get("tensor", 1) if isinstance(sharding, NamedSharding) else 1
+    if devices == 1 or shape[1] % devices:
+        return sharding
+    return NamedSharding(sharding.mesh, PartitionSpec(None, "tensor"))
+
+
 def _without_first_axis(sharding):
-    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:])) if hasattr(sharding, "spec") else sharding
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
 
 
 @partial(jax.jit, static_argnames=("dtype", "sharding"))

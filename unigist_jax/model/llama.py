@@ -188,6 +188,8 @@ class Llama(nnx.Module):
         return layout or self.layout
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
+        if not self.is_stacked:  # the table is split by columns (`for_inference`): what is gathered are a few rows
+            return constrain(self.embedding[...][tokens].astype(self.config.dtype), "batch", None, None)
         # rows of the table are looked up where they are wanted: the hidden axis is gathered first, as any weight's is
         return constrain(self.embedding[...], "vocab", None)[tokens].astype(self.config.dtype)
 
