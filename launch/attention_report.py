@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from launch.markdown import Report, table
+
 PARTS = ("forward", "both")  # both: forward + backward
 NAMES = {"cudnn": "cuDNN causal", "folded": "folded cuDNN", "flex": "FlexAttention"}
-BEGIN, END = "<!-- attention tables: begin -->", "<!-- attention tables: end -->"
 SHAPE = ("query", "kv", "dim")
 
 
@@ -28,13 +27,6 @@ def gain(row: dict | None, peer: dict | None) -> str:
 def milliseconds(row: dict | None) -> str:
     """The times of a contender in a cell."""
     return pair(row, "{:.3g}")
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table; columns without any entry are left out."""
-    kept = [i for i in range(len(head)) if any(row[i] for row in rows)]
-    lines = [[head[i] for i in kept], ["---"] * len(kept), *([row[i] for i in kept] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 class Attention:
@@ -158,20 +150,4 @@ def plot(result: dict, path: Path) -> None:
     pyplot.close(figure)
 
 
-def write(raw: Path, into: Path | None) -> None:
-    """Prints the tables of a raw JSON, plots it beside it, and puts the tables between the marks of a Markdown file.
-
-    Raises:
-      ValueError: if the file has not both marks.
-    """
-    result, image = json.loads(raw.read_text()), raw.with_suffix(".png")
-    text = tables(result)
-    print(text)
-    if into:
-        text += f"\n![speed-up and share of the matrix rate]({os.path.relpath(image, into.parent)})\n"
-        before, begin, rest = into.read_text().partition(BEGIN)
-        _, end, after = rest.partition(END)
-        if not (begin and end):
-            raise ValueError(f"{into} needs the lines {BEGIN} and {END}, between which the tables go")
-        into.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}")
-    plot(result, image)
+REPORT = Report("attention", tables, plot, "speed-up and share of the matrix rate")

@@ -235,7 +235,7 @@ def checked_backends() -> list[str]:
 
 def main(_: list[str]) -> None:
     if RENDER.value:
-        attention_report.write(Path(RENDER.value), Path(INTO.value) if INTO.value else None)
+        attention_report.REPORT.write(Path(RENDER.value), Path(INTO.value) if INTO.value else None)
         return
     if jax.default_backend() != "gpu":
         raise ValueError(f"this benchmark times GPU kernels; this is {jax.devices()[0].device_kind}")

@@ -48,10 +48,11 @@ def test_tables_go_between_the_marks_and_the_plot_beside_the_figures(tmp_path):
     raw.write_text(json.dumps(RESULT))
     page.write_text("before\n")
     with pytest.raises(ValueError, match=r"page.md needs the lines <!-- attention tables: begin -->"):
-        attention_report.write(raw, page)
-    page.write_text(f"before\n{attention_report.BEGIN}\nold\n{attention_report.END}\nafter\n")
+        attention_report.REPORT.write(raw, page)
+    begin, end = attention_report.REPORT.marks
+    page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     for _ in range(2):
-        attention_report.write(raw, page)
+        attention_report.REPORT.write(raw, page)
         text = page.read_text()
         assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
         assert text.count("3.00 / 3.00") == 1 and "](data/figures.png)" in text

@@ -98,7 +98,9 @@ def generate(
     else:
         cache = _with_room(cache, lengths, max_new_tokens)
         logits, cache = append(chosen, model, cache, prompts)
-    return _decode(model, chosen, logits, cache, max_new_tokens, sampling, stop_tokens, seed, on_token)
+    return continue_from(
+        model, chosen, logits, cache, max_new_tokens, sampling, stop_tokens=stop_tokens, seed=seed, on_token=on_token
+    )
 
 
 def _with_room(cache, lengths: np.ndarray, max_new_tokens: int):
@@ -125,7 +127,19 @@ class _State(NamedTuple):
     cache: Any
 
 
-def _decode(model, method, logits, cache, max_new_tokens, sampling, stop_tokens, seed, on_token) -> Generated:
+def continue_from(
+    model: Llama,
+    method: Method,
+    logits: Float[Array, "B V"],
+    cache: GistCache | FullCache | Any,
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),
+    *,
+    stop_tokens: Collection[int] = (),
+    seed: int = 0,
+    on_token: Callable[[int, int], None] | None = None,
+) -> Generated:
+    """Generates from a filled cache (donated) and the logits that follow it; the rest as for `generate`."""
     stops = np.array(sorted(stop_tokens), np.int32)
     key = jax.random.key(seed)
     tokens, ended = _first(logits, key, stops, sampling)

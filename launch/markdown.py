@@ -1,0 +1,58 @@
+"""Tables and plots of the benchmarks, made from their raw JSON and put into Markdown files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; columns without any entry are left out."""
+    kept = [i for i in range(len(head)) if any(row[i] for row in rows)]
+    lines = [[head[i] for i in kept], ["---"] * len(kept), *([row[i] for i in kept] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """How a benchmark's figures are shown.
+
+    Attributes:
+      name: of the benchmark, in the marks between which a Markdown file holds its tables.
+      tables: from the raw figures to Markdown.
+      plot: from the raw figures to an image, at the path given.
+      caption: of the image.
+    """
+
+    name: str
+    tables: Callable[[Any], str]
+    plot: Callable[[Any, Path], None]
+    caption: str
+
+    @property
+    def marks(self) -> tuple[str, str]:
+        """The lines around the tables."""
+        return f"<!-- {self.name} tables: begin -->", f"<!-- {self.name} tables: end -->"
+
+    def write(self, raw: Path, into: Path | None) -> None:
+        """Prints the tables of a raw JSON, plots it beside it, and puts both between the marks of a Markdown file.
+
+        Raises:
+          ValueError: if the file has not both marks.
+        """
+        result, image = json.loads(raw.read_text()), raw.with_suffix(".png")
+        text = self.tables(result)
+        print(text)
+        if into:
+            begin, end = self.marks
+            before, begin_found, rest = into.read_text().partition(begin)
+            _, end_found, after = rest.partition(end)
+            if not (begin_found and end_found):
+                raise ValueError(f"{into} needs the lines {begin} and {end}, between which the tables go")
+            text += f"\n![{self.caption}]({os.path.relpath(image, into.parent)})\n"
+            into.write_text(f"{before}{begin}\n\n{text}\n{end}{after}")
+        self.plot(result, image)

@@ -1,0 +1,91 @@
+"""The benchmark of inference: what a case measures, what the parent does with those that fail, and the report."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from launch import inference_report
+from launch.inference_case import Case, measure, noise, random_model
+from unigist_jax.layout import GistLayout
+from unigist_jax.model import init_llama
+
+TINY = {"shape": "tiny", "context": 320, "new_tokens": 9, "rounds": 1}
+CASES = [
+    Case("unigist", "latency", 8, batch=2, chunk_sizes=(64,), **TINY),
+    Case("full", "latency", None, batch=2, **TINY),
+    Case("unigist", "decode", 8, batch=0, chunk_sizes=(64,), **TINY),
+    Case("unigist", "limit", 8, chunk_sizes=(64,), memory_gib=1.0, **TINY),
+    Case("unigist", "chunks", 8, chunk_sizes=(64, 128), **TINY),
+]
+
+
+@pytest.fixture(scope="module")
+def records():
+    """What every kind of case measures here."""
+    return [{"name": case.name, **dataclasses.asdict(case), **measure(case)} for case in CASES]
+
+
+def test_what_is_measured(records):
+    for record in records:
+        assert record["device"] == "cpu" and record["copy_bytes_s"] > 0
+        a_token = 2 * 2 * 2 * 16 * 4  # keys and values of 2 layers, 2 heads of 16 in float32
+        raws = 320 // 8 + 128 if record["system"] == "unigist" else 320
+        sinks = 128 if record["system"] == "unigist" else 0
+        table = 256 * 64 * 4  # the embedding's rows are looked up
+        assert record["step_bytes"] == record["weights_bytes"] - table + a_token * (sinks + record["batch"] * raws)
+    latency, full, decode, _, chunks = records
+    for record in (latency, full):
+        assert 0 < record["ttft_s"] < record["total_s"] < record["first_call_s"]
+        assert record["total_s"] == pytest.approx(record["ttft_s"] + 8 * record["tpot_s"])
+    assert decode["batch"] == 3 and decode["tokens_s"] == pytest.approx(3 / decode["tpot_s"])
+    assert set(chunks["seconds_by_chunk"]) == {"64", "128"}
+
+
+def test_weights_are_those_of_the_shape():
+    config, layout = CASES[0].config, GistLayout(8)
+    model = random_model(config, layout)
+    expected = jax.eval_shape(lambda: init_llama(config, layout, 0))
+    sizes = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (model, expected)]
+    assert sizes[0] == sizes[1] and len(model.layers) == config.num_layers
+    first, second = (np.asarray(noise(seed, jax.ShapeDtypeStruct((100_000,), np.float32), 0.02)) for seed in (0, 1))
+    assert abs(first.std() - 0.02) < 2e-4 and abs(first.mean()) < 2e-4
+    assert abs(np.corrcoef(first, second)[0, 1]) < 0.02 and abs(np.corrcoef(first[1:], first[:-1])[0, 1]) < 0.02
+
+
+def test_report(records, tmp_path):
+    lost = {"name": "transformers-latency-320-b2", "system": "transformers", "kind": "latency", "ratio": None}
+    failed = [dataclasses.asdict(CASES[3]) | {"name": "larger", "error": "OOM"}, lost | {"error": "took too long"}]
+    raw, page = tmp_path / "raw.json", tmp_path / "page.md"
+    raw.write_text(json.dumps({"commands": ["launch.bench_inference --out=x"], "records": records + failed}))
+    begin, end = inference_report.REPORT.marks
+    page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    inference_report.REPORT.write(raw, page)
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    full, gist = records[1], records[0]
+    gains = [f"{full[name] / gist[name]:.2f}" for name in ("ttft_s", "tpot_s")]
+    assert f"| UniGist r=8 | {gist['ttft_s'] * 1e3:,.0f} |" in text and " · ".join(gains) in text
+    assert "- transformers-latency-320-b2: took too long" in text and "larger" not in text
+    assert "`launch.bench_inference --out=x`" in text and "![times and memory](raw.png)" in text
+    assert raw.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    page.write_text("no marks")
+    with pytest.raises(ValueError, match=r"page\.md needs the lines"):
+        inference_report.REPORT.write(raw, page)
+
+
+def test_the_parent_records_what_fails_and_goes_on(tmp_path):
+    """A model that does not exist, then one that takes too long to start at all."""
+    command = [sys.executable, "-m", "launch.bench_inference", f"--out={tmp_path}", "--suites=latency", "--resume"]
+    command += ["--contexts=64", "--systems=full", "--platform=cpu"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    for flags, error in ((["--shape=gpt5"], "KeyError: 'gpt5'"), (["--timeout=1"], "took more than --timeout=1 s")):
+        subprocess.run([*command, *flags], env=environment, check=True, capture_output=True)
+        result = json.loads((tmp_path / "bench_inference.json").read_text())
+        assert [(r["name"], r["error"]) for r in result["records"]] == [("full-latency-64-b1", error)]
+    assert len(result["commands"]) == 2
