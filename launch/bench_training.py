@@ -160,7 +160,8 @@ def main(_: list[str]) -> None:
                 folder = Path(OUT.value)
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / "bench_training.json").write_text(json.dumps(result, indent=1) + "\n")
-                (folder / "bench_training.md").write_text(table(result["rows"]) + "\n" if not target else "")
+                if not target:
+                    (folder / "bench_training.md").write_text(table(result["rows"]) + "\n")
     if not target:
         print(table(result["rows"]))
 

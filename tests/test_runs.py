@@ -255,3 +255,23 @@ def test_init_from_another_shape_is_refused(run, tmp_path):
     message = r"another model than the config: model.hidden_size: 32 -> 16; model.rope_theta: 500.0 -> 10000.0$"
     with pytest.raises(ValueError, match=message):
         train(run, tmp_path / "run", init_from=str(tmp_path / "hf"), **QUIET)
+
+
+def test_a_run_with_a_teacher_and_drawn_ratios(changed, tmp_path):
+    """The teacher is the model it began with, read with full attention: they differ a little, and say by how much."""
+    run = changed(
+        train__distill_weight=0.5,
+        gist__ratio=8,
+        train__mixed_ratios="4,8",
+        train__on_bad_step="skip",
+        model__attention_backend="reference",
+    )
+    save_hf(init_llama(dataclasses.replace(run.model, vocab_size=320), run.gist, 11), tmp_path / "hf")
+    with pytest.raises(
+        ValueError, match=r"distill_weight=0.5 needs a teacher; name its checkpoint with --teacher_from"
+    ):
+        train(run, tmp_path / "none", **QUIET)
+    train(run, tmp_path / "run", init_from=str(tmp_path / "hf"), stop_at_step=3, **QUIET)
+    lines = read_metrics(tmp_path / "run")
+    assert [line["ratio"] for line in lines] == [loop.layout_of_step(run, step).ratio for step in range(3)]
+    assert all(0 < line["divergence"] < 0.1 and line["skipped"] == 0 for line in lines)
