@@ -3,6 +3,7 @@
   python -m launch.evaluate --workdir=runs/tiny --suite=perplexity,boundary,recall --method=unigist,full
   python -m launch.evaluate --workdir=runs/full --suite=recall --method=snapkv,adakv --ratio=4 --tasks=needle,mk2 \\
       --lengths=1024,2048
+  python -m launch.evaluate --workdir=path/to/hf_llama --suite=helmet --helmet=rag=data/kilt/nq.jsonl --method=snapkv
 
 Prints the numbers, and writes DIR/SUITE.json, DIR/SUITE.png and DIR/samples/*.jsonl, DIR = --output or WORKDIR/eval.
 Run again, it goes on behind the samples that are there.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,17 +24,17 @@ from tqdm import tqdm
 from launch.flags import define_workdir, output_directory, run_main
 from unigist_jax.checkpoints import Loaded, load_directory
 from unigist_jax.data.from_config import heldout_rows, recall_filler, texts
-from unigist_jax.evals import perplexity, plots, recall
+from unigist_jax.evals import helmet, perplexity, plots, recall
 from unigist_jax.evals.layouts import evaluation_layout, one_pass_attention
 from unigist_jax.evals.samples import SampleLog
 from unigist_jax.inference.methods import METHODS, ROUNDED, trained_method
 from unigist_jax.inference.prefill import check_chunk_size
 from unigist_jax.layout import GistLayout
 
-SUITES = ("perplexity", "boundary", "recall")
+SUITES = ("perplexity", "boundary", "recall", "helmet")
 
 _WORKDIR = define_workdir()
-_SUITE = flags.DEFINE_list("suite", list(SUITES), f"which of {', '.join(SUITES)}, comma-separated")
+_SUITE = flags.DEFINE_list("suite", list(SUITES[:3]), f"which of {', '.join(SUITES)}, comma-separated")
 _METHOD = flags.DEFINE_list("method", None, f"which of {', '.join(METHODS)} (default: as the model was trained)")
 _OUTPUT = flags.DEFINE_string("output", None, "directory of the results (default: WORKDIR/eval)")
 _RATIO = flags.DEFINE_integer("ratio", None, "another ratio; the window becomes its next multiple", lower_bound=1)
@@ -43,6 +45,8 @@ _CHUNK_SIZE = flags.DEFINE_integer("chunk_size", 128, "boundary and recall: raws
 _BUCKET = flags.DEFINE_integer("bucket", 16, "boundary: positions averaged in the plot", lower_bound=1)
 _RECORDS = flags.DEFINE_integer("records", 32, "recall: records of each task", lower_bound=1)
 _TASKS = flags.DEFINE_list("tasks", ["needle"], f"recall: which of {', '.join(recall.TASKS)}")
+_HELMET = flags.DEFINE_multi_string("helmet", [], "helmet: CATEGORY=FILE of your copy of its data; may be repeated")
+_HELMET_RECORDS = flags.DEFINE_integer("helmet_records", 100, "helmet: records of each file; 0: all", lower_bound=0)
 _BATCH = flags.DEFINE_integer("batch_size", 8, "sequences at a time", lower_bound=1)
 
 
@@ -75,7 +79,7 @@ def main(_: list[str]) -> None:
     ratio = _RATIO.value or model.layout.ratio
     setting = {"workdir": _WORKDIR.value, "step": loaded.step, "ratio": ratio, "window": layouts[methods[0]].window}
     evaluation = Evaluation(loaded, layouts, lengths, directory, setting)
-    suites = {"perplexity": _perplexity, "boundary": _boundary, "recall": _recall}
+    suites = {"perplexity": _perplexity, "boundary": _boundary, "recall": _recall, "helmet": _helmet}
     for suite in _SUITE.value:
         result = setting | suites[suite](evaluation)
         (directory / f"{suite}.json").write_text(json.dumps(result, indent=2) + "\n")
@@ -92,8 +96,14 @@ def _check(methods: list[str], layouts: dict[str, GistLayout], lengths: list[int
             raise ValueError(
                 f"--suite=perplexity reads in one pass, where {method} rounds nothing; take boundary, recall"
             )
-        if suites & {"boundary", "recall"} and method in ("unigist", "activation_beacon", *ROUNDED):
+        if suites & {"boundary", "recall", "helmet"} and method in ("unigist", "activation_beacon", *ROUNDED):
             check_chunk_size(_CHUNK_SIZE.value, layouts[method])
+    if "helmet" in suites:
+        for entry in _HELMET.value or [""]:
+            category, _, file = entry.partition("=")
+            if category not in helmet.CATEGORIES or not file:
+                known = ", ".join(helmet.CATEGORIES)
+                raise ValueError(f"--helmet={entry}: write it as CATEGORY=FILE, CATEGORY one of {known}")
     if "boundary" in suites:
         for layout in layouts.values():
             layout.num_units(lengths[-1])
@@ -147,6 +157,21 @@ def _boundary(evaluation: Evaluation) -> dict:
     return {"chunk_size": chunk, "documents": len(documents), "length": length, "methods": results}
 
 
+def _helmet(evaluation: Evaluation) -> dict:
+    loaded, results = evaluation.loaded, {}
+    for entry in _HELMET.value:
+        category, _, file = entry.partition("=")
+        records = helmet.read_helmet(Path(file), category, _HELMET_RECORDS.value)
+        for method, layout in evaluation.layouts.items():
+            name = f"{category}, {Path(file).stem}, {method}"
+            ask = functools.partial(helmet.evaluate_helmet, loaded.model, loaded.tokenizer, records, category)
+            samples = _logged(evaluation, "helmet", name, len(records), method, layout, ask)
+            metric, score = helmet.CATEGORIES[category].metric, helmet.mean_score(samples)
+            results[name] = {"category": category, "file": file, "method": method, "metric": metric, "score": score}
+            print(f"helmet, {name}: {metric} {score:.1f} of {len(samples)} records")
+    return {"results": results}
+
+
 def _recall(evaluation: Evaluation) -> dict:
     loaded, results = evaluation.loaded, {}
     filler = recall_filler(loaded.data, "heldout", loaded.tokenizer)
@@ -162,7 +187,8 @@ def _recall(evaluation: Evaluation) -> dict:
             )
             for method, layout in evaluation.layouts.items():
                 name = f"{task}, {length}, {method}"
-                samples = _recall_samples(evaluation, name, records, method, layout)
+                ask = functools.partial(recall.evaluate_recall, loaded.model, loaded.tokenizer, records)
+                samples = _logged(evaluation, "recall", name, len(records), method, layout, ask)
                 result = results[name] = recall.summarize(samples) | {"task": task, "length": length, "method": method}
                 print(
                     f"recall, {name}: {result['accuracy']:.3f} of {len(samples)} records, "
@@ -174,21 +200,20 @@ def _recall(evaluation: Evaluation) -> dict:
     return {"seed": recall.TEST_SEED, "results": results}
 
 
-def _recall_samples(evaluation: Evaluation, name: str, records: list, method: str, layout: GistLayout) -> list[dict]:
-    """The samples of one task, length and method: those on disk, and the rest as they come."""
+def _logged(
+    evaluation: Evaluation, suite: str, name: str, count: int, method: str, layout: GistLayout, ask: Callable
+) -> list[dict]:
+    """The samples of one task and method: those on disk, and the rest as they come from `ask`."""
     setting = evaluation.setting | dataclasses.asdict(layout) | {"name": name, "seed": recall.TEST_SEED}
-    path = evaluation.directory / "samples" / f"recall,{name.replace(', ', ',')},ratio={layout.ratio}.jsonl"
-    log = SampleLog(path, setting | {"records": len(records)})
-    with tqdm(total=len(records), initial=len(log.samples), unit="record", desc=name) as bar:
+    path = evaluation.directory / "samples" / f"{suite},{name.replace(', ', ',')},ratio={layout.ratio}.jsonl"
+    log = SampleLog(path, setting | {"records": count})
+    with tqdm(total=count, initial=len(log.samples), unit="record", desc=name) as bar:
 
         def done(new: list[dict]) -> None:
             log.add(new)
             bar.update(len(new))
 
-        recall.evaluate_recall(
-            evaluation.loaded.model,
-            evaluation.loaded.tokenizer,
-            records,
+        ask(
             method=method,
             layout=layout,
             chunk_size=_CHUNK_SIZE.value,

@@ -164,6 +164,7 @@ def test_train_refuses_the_work_directory_of_another_run(command, config_file, t
         ("evaluate", ["--suite=speed"], ["--suite", "'speed'", "perplexity"]),
         ("evaluate", ["--method=magic"], ["--method", "'magic'", "unigist"]),
         ("evaluate", ["--tasks=riddle"], ["--tasks", "'riddle'", "needle"]),
+        ("evaluate", ["--suite=helmet"], ["--helmet=", "CATEGORY=FILE", "rag, rerank"]),
         ("evaluate", ["--lengths=1k"], ["--lengths=1k", "1024,2048"]),
         ("evaluate", ["--suite=boundary", "--method=snapkv"], ["snapkv", "no perplexity by token", "--suite=recall"]),
         ("evaluate", ["--method=autocompressors"], ["autocompressors needs a model trained with chunks"]),
@@ -270,6 +271,19 @@ def test_evaluate_writes_json_and_plots(command, trained, tmp_path):
         log = tmp_path / "samples" / f"recall,needle,512,{method},ratio=4.jsonl"
         assert [strict_json(line).get("depth") for line in log.read_text().splitlines()] == [None, 0.0, 1.0]
         assert f"recall, needle, 512, {method}: " in finished.out
+
+
+def test_evaluate_reads_helmet_records_and_goes_on(command, trained, tmp_path):
+    record = {"context": "document 1 2 3 " * 9, "question": "which", "answer": "document"}
+    (tmp_path / "toy.jsonl").write_text(3 * (json.dumps(record) + "\n"))
+    flags = "--suite=helmet", f"--helmet=recall={tmp_path}/toy.jsonl", "--chunk_size=64", "--platform=cpu"
+    for shown in ("3/3", "3/3"):
+        finished = command("evaluate", f"--workdir={trained[0]}", f"--output={tmp_path}", *flags)
+        assert finished.code == 0 and shown in finished.err, finished.err
+    result = strict_json((tmp_path / "helmet.json").read_text())["results"]["recall, toy, unigist"]
+    assert 0 <= result["score"] <= 100 and result["metric"] == "share of answers"
+    log = tmp_path / "samples" / "helmet,recall,toy,unigist,ratio=4.jsonl"
+    assert len(log.read_text().splitlines()) == 4
 
 
 def test_generate_streams_text_and_tells_the_cache(command, trained):

@@ -1,0 +1,206 @@
+"""HELMET (princeton-nlp/HELMET) from the user's own copy of its data: reader, prompts and metrics of six categories.
+
+The context is read and compressed before the question is seen. Prompts are this project's own wording, so scores are to
+be compared within it. A record is one JSON line; what each category reads:
+
+  rag        question, answers, ctxs [{title, text}]                 data/kilt/*.jsonl           SubEM
+  rerank     query, ctxs [{id, label, text}]                         data/msmarco/*.jsonl        NDCG@5
+  recall     context, question, answer (text or list)                data/json_kv, data/ruler    share of the answers
+  longqa     context, question, answer (text or list)                                            ROUGE-L recall
+  choice     context, question (with options A-D), answer (letter)                               accuracy
+  icl        context (solved examples), question, answer (label)                                 accuracy
+  summary    context, answer (text or list)                                                      ROUGE-Lsum F1
+
+HELMET reads its long-QA, ICL and summary sets from other places at run time; export them to lines of this form.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from unigist_jax.data import Tokenizer
+from unigist_jax.evals import metrics
+from unigist_jax.evals.recall import CAPACITY_STEP
+from unigist_jax.inference import generate
+from unigist_jax.inference.methods import get_method
+from unigist_jax.layout import GistLayout
+from unigist_jax.model import Llama
+
+
+class Category(NamedTuple):
+    """What precedes the context, what asks behind it, tokens to generate, and the metric `(output, record)`."""
+
+    instruction: str
+    question: str
+    max_new_tokens: int
+    metric: str
+    score: Callable[[str, HelmetRecord], float]
+
+
+@dataclasses.dataclass(frozen=True)
+class HelmetRecord:
+    """One question on one context.
+
+    Attributes:
+      context, question: the text that is compressed, and what follows it.
+      answers: right ones.
+      labels: graded relevance by id, for ranking.
+    """
+
+    context: str
+    question: str
+    answers: tuple[str, ...]
+    labels: Mapping[str, float] | None = None
+
+
+CATEGORIES = {
+    "rag": Category(
+        "Answer the question at the end from the documents, in a few words.",
+        "\n\nQuestion: {question}\nAnswer:",
+        20,
+        "SubEM",
+        lambda output, record: metrics.substring_match(output, record.answers),
+    ),
+    "rerank": Category(
+        "Each document below has an id. Rank the ids by relevance to the query at the end, as in 3 > 1 > 2.",
+        "\n\nQuery: {question}\nRanking:",
+        200,
+        "NDCG@5",
+        lambda output, record: metrics.ranking_ndcg(output, record.labels or {}, 5),
+    ),
+    "recall": Category(
+        "Remember what the text says; a question about it follows.",
+        "\n\n{question}",
+        100,
+        "share of answers",
+        lambda output, record: metrics.expected_share(output, record.answers),
+    ),
+    "longqa": Category(
+        "Read the story; a question about it follows. Answer briefly.",
+        "\n\nQuestion: {question}\nAnswer:",
+        10,
+        "ROUGE-L recall",
+        lambda output, record: metrics.rouge(output, record.answers, "rougeL", "recall"),
+    ),
+    "choice": Category(
+        "Read the story; a question about it follows. Answer with the letter of the right option.",
+        "\n\nQuestion: {question}\nAnswer:",
+        10,
+        "accuracy",
+        lambda output, record: metrics.choice(output, record.answers),
+    ),
+    "icl": Category(
+        "Give the text at the end its label, as in the examples.",
+        "\n\n{question}\nlabel:",
+        20,
+        "accuracy",
+        lambda output, record: metrics.exact_label(output, record.answers),
+    ),
+    "summary": Category(
+        "Summarise the text.",
+        "\n\nSummary:",
+        400,
+        "ROUGE-Lsum F1",
+        lambda output, record: metrics.rouge(output, record.answers, "rougeLsum", "fmeasure"),
+    ),
+}
+
+
+def read_helmet(path: Path, category: str, most: int = 0) -> list[HelmetRecord]:
+    """The first `most` records of a file of JSON lines (0: all).
+
+    Raises:
+      ValueError: for an unknown category, a line that is not JSON, or one that lacks a field; naming the line.
+      FileNotFoundError: if there is no such file.
+    """
+    if category not in CATEGORIES:
+        raise ValueError(f"unknown HELMET category {category!r}; choose one of {', '.join(CATEGORIES)}")
+    records = []
+    with Path(path).open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if most and len(records) == most:
+                break
+            if not line.strip():
+                continue
+            try:
+                records.append(_record(json.loads(line), category))
+            except (ValueError, KeyError, TypeError) as error:
+                reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+                raise ValueError(
+                    f"{path}, line {number}: {reason}; a {category} record is described in helmet.py"
+                ) from error
+    if not records:
+        raise ValueError(f"{path} holds no record")
+    return records
+
+
+def _record(entry: Mapping[str, Any], category: str) -> HelmetRecord:
+    kind, labels = CATEGORIES[category], None
+    if category == "rag":
+        documents = [f"Document (Title: {ctx['title']}): {ctx['text']}" for ctx in entry["ctxs"]]
+        context, question, answers = "\n\n".join(documents), entry["question"], entry["answers"]
+    elif category == "rerank":
+        documents = [f"[id: {ctx['id']}] {ctx['text']}" for ctx in entry["ctxs"]]
+        context, question, answers = "\n\n".join(documents), entry["query"], []
+        labels = {str(ctx["id"]): float(ctx["label"]) for ctx in entry["ctxs"]}
+    else:
+        context, question, answers = entry["context"], entry.get("question", ""), entry["answer"]
+        if "demos" in entry and category == "recall":
+            shown = [f"{demo['question']}\n{demo['answer']}" for demo in entry["demos"]]
+            context = "\n\n".join([*shown, context])
+    answers = [answers] if isinstance(answers, (str, int, float)) else answers
+    return HelmetRecord(
+        f"{kind.instruction}\n\n{context}", kind.question.format(question=question), tuple(map(str, answers)), labels
+    )
+
+
+def evaluate_helmet(
+    model: Llama,
+    tokenizer: Tokenizer,
+    records: Sequence[HelmetRecord],
+    category: str,
+    *,
+    method: str,
+    layout: GistLayout | None = None,
+    chunk_size: int | None = None,
+    batch_size: int = 8,
+    skip: int = 0,
+    done: Callable[[list[dict[str, Any]]], None] | None = None,
+) -> None:
+    """Asks all records but the first `skip`, greedily; arguments as for `evals.recall.evaluate_recall`.
+
+    `done` is called with the samples of each batch: output, answers, score, tokens, cache_bytes.
+    """
+    chosen, kind = get_method(method, model), CATEGORIES[category]
+    for start in range(skip, len(records), batch_size):
+        batch = records[start : start + batch_size]
+        contexts = [tokenizer.encode(record.context, bos=True).tolist() for record in batch]
+        questions = [tokenizer.encode(record.question).tolist() for record in batch]
+        needed = max(map(len, contexts)) + max(map(len, questions)) + kind.max_new_tokens
+        capacity = -(-needed // CAPACITY_STEP) * CAPACITY_STEP
+        _, cache = chosen.prefill(model, contexts, capacity=capacity, chunk_size=chunk_size, layout=layout)
+        cache_bytes = cache.nbytes // len(batch)
+        generated = generate(
+            model,
+            questions,
+            max_new_tokens=kind.max_new_tokens,
+            stop_tokens=tokenizer.stop_ids,
+            method=method,
+            cache=cache,
+        )
+        samples = []
+        for record, context, tokens in zip(batch, contexts, generated.tokens, strict=True):
+            output = tokenizer.decode(tokens)
+            sample = {"output": output, "answers": record.answers, "score": float(kind.score(output, record))}
+            samples.append(sample | {"tokens": len(context), "cache_bytes": cache_bytes})
+        if done is not None:
+            done(samples)
+
+
+def mean_score(samples: Sequence[Mapping[str, Any]]) -> float:
+    """The category's figure, in percent."""
+    return 100 * sum(sample["score"] for sample in samples) / len(samples)
