@@ -157,7 +157,7 @@ def times(pair: tuple[float, float]) -> dict:
 
 
 def attention_jobs(length: int, ratios: list[int], shape: peers.Heads, backends, matmul: float) -> Iterator[Job]:
-    """Every contender but FlexAttention on one sequence of `length` raws."""
+    """cuDNN and the backends on one sequence of `length` raws."""
     key = {"length": length} | shape._asdict()
     if "cudnn" in PEERS.value:
         yield Job("attention", {"what": "cudnn"} | key, lambda: times(peers.cudnn_times(length, shape, REPEATS.value)))
@@ -167,9 +167,15 @@ def attention_jobs(length: int, ratios: list[int], shape: peers.Heads, backends,
         for backend in backends:
             run = (time_backend, backend, layout, units, shape, matmul)
             yield Job("attention", {"what": backend} | case, lambda run=run: run[0](*run[1:]))
-        if "folded" in PEERS.value and shape == heads():
-            run = (peers.folded_times, layout, units, shape, REPEATS.value)
-            yield Job("attention", {"what": "folded"} | case, lambda run=run: times(run[0](*run[1:])))
+
+
+def rival_jobs(what: str, measure: Callable, lengths: list[int], ratios: list[int]) -> Iterator[Job]:
+    """Folded cuDNN or FlexAttention."""
+    for length in lengths if what in PEERS.value else ():
+        for ratio in ratios:
+            run = (measure, layout_of(ratio), length // ratio, heads(), REPEATS.value)
+            key = {"what": what, "length": length, "ratio": ratio} | heads()._asdict()
+            yield Job("attention", key, lambda run=run: times(run[0](*run[1:])))
 
 
 def document_jobs(ratio: int, backend: str, matmul: float) -> Iterator[Job]:
@@ -184,7 +190,7 @@ def document_jobs(ratio: int, backend: str, matmul: float) -> Iterator[Job]:
 
 
 def all_jobs(backends: list[str], limits: dict) -> list[Job]:
-    """Every measurement that the flags ask for, in order."""
+    """Every measurement that the flags ask for, the most telling first."""
     lengths, ratios, flex_lengths, shape_lengths = (
         [int(x) for x in flag.value] for flag in (LENGTHS, RATIOS, FLEX_LENGTHS, SHAPE_LENGTHS)
     )
@@ -197,11 +203,8 @@ def all_jobs(backends: list[str], limits: dict) -> list[Job]:
         jobs += attention_jobs(length, ratios, heads(), backends, matmul)
     if DOCUMENTS.value:
         jobs += document_jobs(ratios[0], backends[0], matmul)
-    for length in flex_lengths if "flex" in PEERS.value else ():
-        for ratio in ratios:
-            key = {"what": "flex", "length": length, "ratio": ratio} | heads()._asdict()
-            run = (peers.flex_times, layout_of(ratio), length // ratio, heads(), REPEATS.value)
-            jobs.append(Job("attention", key, lambda run=run: times(run[0](*run[1:]))))
+    jobs += rival_jobs("folded", peers.folded_times, lengths, ratios)
+    jobs += rival_jobs("flex", peers.flex_times, flex_lengths, ratios)
     for shape in map(shape_of, SHAPES.value):
         for length in shape_lengths:
             jobs += attention_jobs(length, ratios, shape, backends, matmul)
