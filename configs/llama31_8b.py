@@ -3,8 +3,8 @@
 python -m launch.train --config=configs/llama31_8b.py --workdir=runs/llama31_8b --init_from=HF_DIRECTORY
 
 7,629 steps of 2.1M tokens. On TPU v5p:4x4x4 as it stands, one row a device; on 8 GPUs of 80 GB with
---config.train.accumulate=8, on TPU v6e:4x4 with --config.train.accumulate=4 --config.model.remat=full (the memory of a
-device is in docs/training.md). For r = 8 or 16: --config.gist.ratio=8; rows prepared for 16 serve all three.
+--config.train.accumulate=8; on TPU v6e:4x4 as docs/training.md has it, beside the memory of a device on each. For r = 8
+or 16: --config.gist.ratio=8; rows prepared for 16 serve all three.
 docs/training.md says how data/prolong is prepared.
 """
 
