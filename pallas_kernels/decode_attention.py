@@ -13,6 +13,9 @@ it; the other slots hold raws that left the window, and are masked.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
@@ -66,4 +69,10 @@ def decode_attention(
         raise ValueError(f"the raw ring has {kv.raw_k.shape[1]} slots; {layout} needs window + ratio = {slots}")
     name, module = choose(backend, q, kv, layout, decode=True)
     with jax.named_scope(f"decode_attention_{name}"):
-        return module.decode(q, kv, layout, raw_index)
+        return _shared(module.decode, layout, q, kv, raw_index)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _shared(decode: Callable, layout: GistLayout, q, kv: GistKV, raw_index):
+    """`decode`, traced and lowered once for all layers of a step, whose arguments are all of the same shapes."""
+    return decode(q, kv, layout, raw_index)
