@@ -97,6 +97,8 @@ def test_weights_apart_compute_the_same_and_free_the_stacks(tied):
     assert {str(x.dtype) for x in jax.tree.leaves(apart)} == {"bfloat16", "float32"}  # norms stay
     assert generate(apart, [TEXT[:30], TEXT[:7]], max_new_tokens=8).tokens == want.tokens
     np.testing.assert_array_equal(prefill(for_inference(apart), [TEXT[:30]])[0], logits)
+    one_pass = apart(jnp.asarray(TEXT[:30])[None])[0, -1]
+    assert relative(one_pass, logits[0]) < 0.03  # bfloat16
 
 
 @pytest.mark.parametrize("method", ["unigist", "unigist_int8", "full"])

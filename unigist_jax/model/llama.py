@@ -113,11 +113,8 @@ class Llama(nnx.Module):
             is not.
 
         Raises:
-          ValueError: if T is not a multiple of the ratio, or does not cut into the placement's pieces; or for layers
-            that `unigist_jax.inference.for_inference` took apart.
+          ValueError: if T is not a multiple of the ratio, or does not cut into the placement's pieces.
         """
-        if not self.is_stacked:
-            raise ValueError("one pass scans stacked layers, but for_inference took these apart: load the model again")
         layout = self.checked_layout(layout)
         units = layout.num_units(tokens.shape[1])
         attention = attention or self.config.attention
@@ -154,7 +151,7 @@ class Llama(nnx.Module):
 
         pieces = self.embed_segment(tokens.reshape(batch * placement.pieces, -1), layout)
         streams = pieces.reshape(batch, -1, pieces.shape[-1]), self.embed_sinks()
-        (x, _), _ = jax.lax.scan(self._remat(body), streams, self.layers)
+        x, _ = self._through_layers(body, streams)
         raws, _ = split_segment(x.reshape(pieces.shape), layout, axis=1)
         return raws.reshape(batch, -1, x.shape[-1])
 
@@ -172,12 +169,17 @@ class Llama(nnx.Module):
             x = constrain(x, "batch", None, None)
             return layer(x, angles, lambda q, k, v: (full_attention(q, k, v, begin), None))
 
-        return jax.lax.scan(self._remat(body), x, self.layers)[0]
+        return self._through_layers(body, x)
 
-    def _remat(self, body):
-        if self.config.remat == "none":
-            return body
-        return jax.checkpoint(body, policy=_REMAT[self.config.remat], prevent_cse=False)
+    def _through_layers(self, body, carry):
+        """`(carry, layer) -> (carry, None)` over all layers: a scan over the stack, a loop over layers taken apart."""
+        if self.config.remat != "none":
+            body = jax.checkpoint(body, policy=_REMAT[self.config.remat], prevent_cse=False)
+        if self.is_stacked:
+            return jax.lax.scan(body, carry, self.layers)[0]
+        for layer in self.layers:
+            carry, _ = body(carry, layer)
+        return carry
 
     # --- parts that inference shares with the one-pass forms --------------------------------------------------------
 
