@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 COMMANDS = sorted(
     path.stem
     for path in (ROOT / "launch").glob("*.py")
-    if not path.stem.startswith(("bench_", "tune_")) and '__name__ == "__main__"' in path.read_text()
+    if not path.stem.startswith(("bench_", "tune_", "inference_")) and '__name__ == "__main__"' in path.read_text()
 )
 LIBRARIES = ("jax", "flax.nnx", "optax", "orbax.checkpoint", "datasets", "sentencepiece", "matplotlib.figure", "grain")
 TIMEOUT = 200
