@@ -58,7 +58,9 @@ _LIMIT_GIB = flags.DEFINE_float(
 _LIMIT_TOKENS = flags.DEFINE_list("limit_tokens", ["188416", "180224"], "limit: tokens tried, over the ratio")
 _LIMIT_CHUNK = flags.DEFINE_integer("limit_chunk", 2048, "limit: raws of a prefill chunk")
 _OVERHEAD_GIB = flags.DEFINE_float("overhead_gib", 0.75, "limit: GiB of it kept for the driver's context and programs")
-_TIMEOUT = flags.DEFINE_integer("timeout", 120, "seconds that a case may take", lower_bound=1)
+_TIMEOUT = flags.DEFINE_integer(
+    "timeout", 300, "seconds that a case may take, compilation and autotuning included", lower_bound=1
+)
 _BUDGET = flags.DEFINE_integer("budget", 100_000, "seconds after which no case begins any more", lower_bound=1)
 _RESUME = flags.DEFINE_bool("resume", False, f"keep what {RESULT} in --out holds, and measure the rest")
 

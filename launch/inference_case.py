@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -158,18 +158,24 @@ def random_model(config: LlamaConfig, layout):
 
 def noise(seed: int, like: Any, deviation: float):
     """Uniform noise of a standard deviation and of the shape and dtype of `like`, made without any temporary array."""
+    return _draw()(np.uint32(seed), np.float32(deviation), like.shape, like.dtype)
+
+
+@lru_cache
+def _draw() -> Callable:
+    """The jitted function of `noise`: one for all calls, so that each shape is compiled once."""
     import jax
     import jax.numpy as jnp
 
     @partial(jax.jit, static_argnames=("shape", "dtype"))
-    def draw(seed, shape, dtype):
+    def draw(seed, deviation, shape, dtype):
         x = jax.lax.iota(jnp.uint32, np.prod(shape)) + seed * jnp.uint32(0x9E3779B9)
         for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # the finaliser of MurmurHash3
             x = (x ^ (x >> shift)) * jnp.uint32(factor)
         uniform = (x >> 8).astype(jnp.float32) / 2**23 - 1
         return (uniform * (deviation * 3**0.5)).astype(dtype).reshape(shape)
 
-    return draw(np.uint32(seed), like.shape, like.dtype)
+    return draw
 
 
 # --- kinds ------------------------------------------------------------------------------------------------------------
