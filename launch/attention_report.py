@@ -96,16 +96,19 @@ def document_lines(result: dict) -> Iterator[str]:
 
 
 def missing_lines(result: dict) -> Iterator[str]:
-    """What was not measured, and why."""
-    rows = [row for kind in ("attention", "decode", "documents") for row in result.get(kind, []) if "reason" in row]
-    if rows:
+    """What was not measured, and why; cases of one reason together."""
+    reasons: dict[str, list[str]] = {}
+    for kind in ("attention", "decode", "documents"):
+        for row in result.get(kind, []):
+            if "reason" in row:
+                case = ", ".join(f"{k} {v}" for k, v in row.items() if k not in ("what", "reason", "seconds", *SHAPE))
+                heads = "x".join(str(row[x]) for x in SHAPE if x in row)
+                reasons.setdefault(row["reason"], []).append(
+                    f"{row['what']} ({case}{', heads ' + heads if heads else ''})"
+                )
+    if reasons:
         yield "Not measured:"
-        yield "\n".join(
-            "- "
-            + ", ".join(f"{k} {v}" for k, v in row.items() if k not in ("reason", "seconds"))
-            + f": {row['reason']}"
-            for row in rows
-        )
+        yield "\n".join(f"- {reason}: {'; '.join(cases)}" for reason, cases in reasons.items())
 
 
 def tables(result: dict) -> str:

@@ -38,7 +38,7 @@ def test_tables_pair_each_time_with_its_peers():
     assert "8 query heads, 8 KV heads" in text and "| 32K | 4 | 5 / 16 | 70% / 50% |" in text  # no peer of that shape
     assert "| hopper | 1 | 50.0 | 2.70 | 90% |" in text
     assert "16 in a row of 128K" in text and "6.00 / 5.00 times as fast" in text
-    assert "- what flex, length 32768, ratio 4, query 8, kv 2, dim 128: RuntimeError: torch is not installed" in text
+    assert "- RuntimeError: torch is not installed: flex (length 32768, ratio 4, heads 8x2x128)" in text
 
 
 def test_tables_go_between_the_marks_and_the_plot_beside_the_figures(tmp_path):
