@@ -63,11 +63,12 @@ def test_spread_rows_have_the_loss_and_gradients_of_one_device(layout, units, si
         np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * max(1e-3, np.abs(want).max(initial=0)))
 
 
-def test_a_layer_moves_gists_and_the_window_alone():
+@pytest.mark.parametrize("sizes", [{"context": 4}, {"data": 2, "context": 2}], ids=str)
+def test_a_layer_moves_gists_and_the_window_alone(sizes):
     """The largest array that any collective of the forward pass moves has one entry a gist, not one a raw."""
     layout, units = GistLayout(8, 2, 8), 64
-    mesh = make_mesh(data=1, context=4, devices=jax.devices()[:4])
-    tokens, doc_start, mask = rows(layout, units, batch=1)
+    mesh = make_mesh(**({"data": 1} | sizes), devices=jax.devices()[:4])
+    tokens, doc_start, mask = jax.device_put(rows(layout, units, batch=mesh.shape["data"]), batch_sharding(mesh))
     with jax.set_mesh(mesh):
         model = init_llama(CONFIG, layout, 0)
         model = jax.device_put(model, tree_shardings(mesh, model))

@@ -149,10 +149,13 @@ class Llama(nnx.Module):
             x, _ = layer(constrain(x, "batch", "positions", None), angles, attend)
             return (x, sinks), None
 
-        pieces = self.embed_segment(tokens.reshape(batch * placement.pieces, -1), layout)
+        # pieces stay an axis of their own: merged with the batch, both would be gathered
+        raws = self.embed(tokens.reshape(batch, placement.pieces, -1))
+        gists = jnp.broadcast_to(self.embed_gists(1, units), (batch, placement.pieces, units, raws.shape[-1]))
+        pieces = assemble_segment(raws, gists, layout, axis=2)
         streams = pieces.reshape(batch, -1, pieces.shape[-1]), self.embed_sinks()
         x, _ = self._through_layers(body, streams)
-        raws, _ = split_segment(x.reshape(pieces.shape), layout, axis=1)
+        raws, _ = split_segment(x.reshape(pieces.shape), layout, axis=2)
         return raws.reshape(batch, -1, x.shape[-1])
 
     def _full_pass(self, tokens, doc_start, layout):
@@ -189,7 +192,7 @@ class Llama(nnx.Module):
             raise ValueError(f"layout has num_sinks={layout.num_sinks}, the weights {self.layout.num_sinks}")
         return layout or self.layout
 
-    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
+    def embed(self, tokens: Int[Array, "*B T"]) -> Float[Array, "*B T E"]:
         if not self.is_stacked:  # the table is split by columns (`for_inference`): what is gathered are a few rows
             return constrain(self.embedding[...][tokens].astype(self.config.dtype), "batch", None, None)
         # rows of the table are looked up where they are wanted: the hidden axis is gathered first, as any weight's is

@@ -84,7 +84,7 @@ def over_chunks(function: Callable[..., Any], arrays: tuple[Array, ...], chunk: 
     context axis, each of which goes over its own raws in chunks.
 
     Args:
-      function: takes the arrays' chunks, [B * shards, C, ...].
+      function: takes the arrays' chunks, [B, C, ...].
       chunk: C, raws of a chunk.
     """
     batch, length = arrays[0].shape[:2]
@@ -100,8 +100,7 @@ def over_chunks(function: Callable[..., Any], arrays: tuple[Array, ...], chunk: 
     @jax.checkpoint
     def of_chunk(parts):
         parts = [constrain(x, "batch", "positions", *[None] * (x.ndim - 2)) for x in parts]
-        result = function(*(x.reshape(batch * shards, chunk, *x.shape[3:]) for x in parts))
-        return jax.tree.map(lambda y: y.reshape(batch, shards, chunk), result)
+        return jax.vmap(function, 1, 1)(*parts)  # merging batch and shards would gather what either is split over
 
     def joined(y):
         return jnp.moveaxis(y, 0, 2).reshape(batch, shards, -1)[:, :, :own].reshape(batch, length)
