@@ -46,7 +46,7 @@ TRITON = {
 # fields of ForwardBlocks and BackwardBlocks
 HOPPER = {
     "forward": tuple({"items": items} for items in (1, 2, 4, 8)),
-    "backward": tuple({"heads": heads, "stages": stages} for heads in (2, 4, 8, 32) for stages in (2, 3)),
+    "backward": tuple({"heads": heads} for heads in (2, 4, 8, 16, 32)),
 }
 
 

@@ -1,9 +1,9 @@
-"""Backward pass of gist attention on Hopper: one fused Mosaic GPU kernel, run once for each key source.
+"""Backward pass of gist attention on Hopper: one fused Mosaic GPU kernel, one launch for all keys.
 
 Axis legend
   B   batch                 Hq  query heads, Hkv  KV heads, A = Hq / Hkv, D  head dim
-  P   padded query rows [ raws | gists ] (plan.py), cut into M tiles of `rows`
-  N   key tiles of 128 keys of one source: the sinks, then the gists, then the raws
+  P   padded query rows [ raws | gists ] (plan.py), cut into M tiles of `tile_rows`
+  N   key tiles of 128 keys: those of the sinks, then of the gists, then of the raws
 
 A block owns one key tile and walks over the query tiles that see it (█ unmasked, ▒ masked), last tile first:
 
@@ -15,21 +15,28 @@ A block owns one key tile and walks over the query tiles that see it (█ unmask
   per step, S = K Q',  dP = V dO',  P = exp2(S - lse),  dS = P (dP - delta), all [keys, queries]:
       dV += P dO      dK += dS Q      dQ[tile] += dS' K
 
-  warpgroup 2      TMA: streams query tiles (q, dO, lse, delta) through a ring of `stages` buffers, and adds each tile's
-                   dQ to a float32 array in global memory with a bulk reduction
-  warpgroups 0, 1  64 keys each; dK and dV stay in registers; dS crosses shared memory, and each warpgroup computes half
-                   of the tile's dQ over all 128 keys
+  warpgroups 0, 1    64 keys each; dK and dV stay in registers; dS crosses shared memory, and each warpgroup computes
+                     half of a tile's dQ over all 128 keys
+  warpgroup 2        warp 0 streams query tiles (q, dO, lse, delta, ranges) through a ring of `stages` buffers;
+                     warps 1 and 2 take turns at adding a tile's dQ to a float32 array in global memory
 
-So five matrix products a pair of tiles do all the work. Determinism: the additions to one query tile happen in the
-order of the key tiles. A block waits on the tile's counter until its predecessors have added, and raises it when its
-own addition has landed. Blocks start in that order and every block walks its queries in the same
-direction, so they queue up staggered by one step and hardly wait. Each query head has its own block (partial dK and dV
-in float32, summed afterwards), but raw key tiles, which few queries see, take a whole group of query heads.
+A step's dQ is computed one step late, so that neither warpgroup waits for the other's dS, and the products of a step
+overlap the next step's (dK, dV and dQ in flight while the exponentials are computed):
+
+  warpgroup 0     S, dP (i)   exp    dS (i)   dV (i), dQ (i - 1), dK (i)   store dQ (i - 1)   S, dP (i + 1)  …
+  warpgroup 1             S, dP (i)   exp    dS (i)   dV (i), dQ (i - 1), dK (i)   store dQ (i - 1)  …
+
+Determinism: the additions to one query tile happen in the order of the key tiles; the first one stores. An addition
+waits on the tile's counter until its predecessors have landed, and raises it when it has landed itself. Blocks start in
+that order and every block walks its queries in the same direction, so they queue up staggered by one step and hardly
+wait. For sinks and gists each query head has its own block (partial dK and dV in float32, summed afterwards); raw key
+tiles, which few queries see, take a whole group of query heads, and come last to fill the gaps.
 """
 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -40,25 +47,18 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels.hopper.blocks import BackwardBlocks
-from pallas_kernels.hopper.plan import RowIntervals, Segment, query_table, tile_bounds, visitors
+from pallas_kernels.hopper.plan import RowIntervals, Segment, backward_tables
 from pallas_kernels.ranges import RowRanges
 from unigist_jax.layout import GistLayout
 
 KEYS = 128  # keys of a block, 64 a warpgroup
 MASKED = -1e9
+SINKS, GISTS, RAWS = 0, 1, 2
 WGMMA = plgpu.Layout.WGMMA
 PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 
-class Queries(NamedTuple):
-    """What the query side of every launch reads. Rows of padding: zero q and dO, lse so high that weights vanish."""
-
-    q: Float[Array, "B P Hq D"]
-    d_out: Float[Array, "B P Hq D"]
-    stats: Float[Array, "B Hq 2 P"]  # base-2 log-sum-exp; row sums of dO * out
-
-
-class Work(NamedTuple):
+class Walk(NamedTuple):
     """The query tiles of one block, as scalars; gists' rows come first, each part last tile first."""
 
     raw_first: jax.Array
@@ -70,230 +70,61 @@ class Work(NamedTuple):
     def per_head(self):
         return (self.raw_last - self.raw_first) + (self.gist_last - self.gist_first)
 
-    def locate(self, step, heads: int):
-        """Head (of the block's) and query tile of a step."""
-        if heads == 1:
-            head, index = jnp.int32(0), step
-        else:
-            per_head = jnp.maximum(self.per_head, 1)
-            head, index = lax.div(step, per_head), lax.rem(step, per_head)
+    def tile(self, index):
+        """The query tile at a place of the walk over one head."""
         gists = self.gist_last - self.gist_first
-        tile = jnp.where(index < gists, self.gist_last - 1 - index, self.raw_last - 1 - (index - gists))
-        return head, tile
+        return jnp.where(index < gists, self.gist_last - 1 - index, self.raw_last - 1 - (index - gists))
+
+    def locate(self, step):
+        """Head (of the block's) and query tile of a step."""
+        per_head = jnp.maximum(self.per_head, 1)
+        return lax.div(step, per_head), self.tile(lax.rem(step, per_head))
 
 
-def _source_backward(
-    queries: Queries,
-    k: Float[Array, "Bk K Hkv D"],
-    v: Float[Array, "Bk K Hkv D"],
-    rows: RowRanges,
-    segment: Segment,
-    dq_ref,
-    heads: int,
-    splits: int,
-    blocks: BackwardBlocks,
-    name: str,
-) -> tuple[Array, Array]:
-    """Adds one source's part to `dq_ref` and returns its dK and dV, [splits, B, N * 128, Hq / heads, D].
+class Grid(NamedTuple):
+    """Blocks: first one for each query head and each key tile of sinks and gists, then one for a group and raw tile."""
 
-    Args:
-      k, v: the source's keys and values; Bk is B, or 1 for keys that all sequences share.
-      rows: what each query row sees of them, int32 [S, P].
-      dq_ref: a reference to float32 [B, P, Hq, D] that the kernel adds to; the scale is not applied.
-      heads: query heads that one block takes: 1 (the result is float32) or the whole group (k's dtype).
-      splits: parts into which the query tiles are cut among blocks.
-    """
-    batch, num_rows, num_heads, dim = queries.q.shape
-    num_kv_heads = k.shape[2]
-    group = num_heads // num_kv_heads
-    tile_rows = 64 if dim == 128 else 128
-    num_tiles, num_key_tiles = num_rows // tile_rows, -(-k.shape[1] // KEYS)
-    stages, ordered = blocks.stages, blocks.deterministic
-    dtype = queries.q.dtype
-    scale = dim**-0.5 * math.log2(math.e)
-    bounds = tile_bounds(segment, rows, tile_rows, KEYS)
-    work_table = visitors(segment, bounds, num_key_tiles, tile_rows)
-    tile_table = query_table(segment, bounds, tile_rows)
-    job_heads = num_heads // heads
-    per_batch = rows.lo.shape[0] > 1
-    interleaved = blocks.heads if job_heads % blocks.heads == 0 else job_heads
+    batch: int
+    heads: int
+    kv_heads: int
+    tiles: tuple[int, int, int]  # key tiles of sinks, gists and raws
+    interleaved: int  # query heads whose blocks alternate
 
-    def place(block):
-        """Split, batch, key tile and head of a block: heavy key tiles of `interleaved` heads first."""
-        inner, block = lax.rem(block, interleaved), lax.div(block, interleaved)
-        key_tile, block = lax.rem(block, num_key_tiles), lax.div(block, num_key_tiles)
-        outer, block = lax.rem(block, job_heads // interleaved), lax.div(block, job_heads // interleaved)
-        return lax.div(block, batch), lax.rem(block, batch), key_tile, outer * interleaved + inner
+    @property
+    def group(self) -> int:
+        return self.heads // self.kv_heads
 
-    def kernel(q_ref, do_ref, stats_ref, k_ref, v_ref, lo_ref, hi_ref, tiles_ref, work_ref, dq_ref, *refs):
-        dk_ref, dv_ref, k_smem, v_smem, q_smem, do_smem, stats_smem, ds_smem, dq_smem = refs[:9]
-        kv_filled, q_filled, do_filled, freed, ds_ready, dq_ready, dq_freed = refs[9:]
-        wg = lax.axis_index("wg")
-        split, b, key_tile, job_head = place(lax.axis_index("block"))
-        first_head = job_head * heads
+    @property
+    def shared_tiles(self) -> int:
+        """Key tiles of sinks and gists."""
+        return self.tiles[SINKS] + self.tiles[GISTS]
 
-        at_batch = b if per_batch else 0
+    @property
+    def shared_blocks(self) -> int:
+        return self.batch * self.heads * self.shared_tiles
 
-        def line(table, length, index, columns):
-            return [table[(at_batch * length + index) * 4 + i] for i in range(columns)]
+    @property
+    def blocks(self) -> int:
+        return self.shared_blocks + self.batch * self.kv_heads * self.tiles[RAWS]
 
-        work = Work(*line(work_ref, num_key_tiles, key_tile, 4))
-        if splits > 1:
-            begin, stop = (lax.div(num_tiles * (split + i), splits) for i in (0, 1))
-            work = Work(*(jnp.clip(x, begin, stop) for x in work))
-        steps = work.per_head * heads
+    def place(self, block):
+        """Sequence, key tile and first query head of a block; key tiles, which get lighter, are the slower index."""
+        raws = block >= self.shared_blocks
+        block = jnp.where(raws, block - self.shared_blocks, block)
+        heads = jnp.where(raws, self.kv_heads, self.interleaved)
+        tiles = jnp.where(raws, self.tiles[RAWS], self.shared_tiles)
+        rounds = jnp.where(raws, 1, self.heads // self.interleaved)
+        head, block = lax.rem(block, heads), lax.div(block, heads)
+        tile, block = lax.rem(block, tiles), lax.div(block, tiles)
+        turn, b = lax.rem(block, rounds), lax.div(block, rounds)
+        first_head = jnp.where(raws, head * self.group, turn * self.interleaved + head)
+        return b, jnp.where(raws, self.shared_tiles + tile, tile), first_head
 
-        @pl.when(wg < 2)
-        def _compute():
-            plgpu.set_max_registers(240, action="increase")
-            my_keys = pl.ds(wg * 64, 64)
-            zeros = plgpu.layout_cast(jnp.zeros((64, dim), jnp.float32), WGMMA)
-            plgpu.barrier_wait(kv_filled)
-
-            def step_of(step, state):
-                dk, dv = state
-                slot, ds_slot = lax.rem(step, jnp.int32(stages)), lax.rem(step, jnp.int32(2))
-                _, tile = work.locate(step, heads)
-                _, full_first, full_last = line(tiles_ref, num_tiles, tile, 3)
-                full = (key_tile >= full_first) & (key_tile < full_last)
-                shape = (64, tile_rows)
-                across = lambda x: lax.broadcast_in_dim(x, shape, [1])  # noqa: E731
-
-                def mask(scores):
-                    rows_at = pl.ds(at_batch * num_rows + tile * tile_rows, tile_rows)
-                    key = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=WGMMA) + (key_tile * KEYS + wg * 64)
-                    lo = plgpu.load(lo_ref.at[rows_at], layout=PER_COLUMN, optimized=False)
-                    scores = jnp.where(key >= across(lo), scores, MASKED)
-                    scores = lax.optimization_barrier(scores)
-                    hi = plgpu.load(hi_ref.at[rows_at], layout=PER_COLUMN, optimized=False)
-                    return jnp.where(key < across(hi), scores, MASKED)
-
-                plgpu.barrier_wait(q_filled.at[slot])
-
-                def weights_of(scores_ref, dp_ref):
-                    plgpu.wgmma(scores_ref, k_smem.at[my_keys], q_smem.at[slot].T)
-                    plgpu.barrier_wait(do_filled.at[slot])
-                    plgpu.wgmma(dp_ref, v_smem.at[my_keys], do_smem.at[slot].T)
-                    scores = plgpu.wgmma_accumulator_load(scores_ref, wait_n=1)
-                    scores = lax.cond(full, lambda s: s, mask, scores)
-                    lse = plgpu.load(stats_smem.at[slot, 0], layout=PER_COLUMN)
-                    return jnp.exp2(scores * scale - across(lse)), dp_ref[...]
-
-                acc = plgpu.ACC(shape, jnp.float32)
-                weights, dp = pl.run_scoped(weights_of, acc, acc)
-                delta = plgpu.load(stats_smem.at[slot, 1], layout=PER_COLUMN)
-                ds = (weights * (dp - across(delta))).astype(dtype)
-                weights = weights.astype(dtype)
-                ds, weights = lax.optimization_barrier((ds, weights))
-                ds_smem.at[ds_slot, my_keys][...] = ds
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(ds_ready)
-
-                def accumulate(refs):
-                    dk_ref, dv_ref, dq_ref = refs
-                    plgpu.wgmma(dv_ref, weights, do_smem.at[slot])
-                    plgpu.wgmma(dk_ref, ds, q_smem.at[slot])
-                    plgpu.barrier_wait(ds_ready)
-                    if dim == 128:
-                        plgpu.wgmma(dq_ref, ds_smem.at[ds_slot].T, k_smem.at[:, my_half])
-                    else:
-                        plgpu.wgmma(dq_ref, ds_smem.at[ds_slot, :, my_half].T, k_smem)
-
-                my_half = pl.ds(wg * 64, 64)
-                no_dq = plgpu.layout_cast(jnp.zeros((64, 64), jnp.float32), WGMMA)
-                dk, dv, dq = pl.run_state(accumulate)(tuple(plgpu.ACC.init(x) for x in (dk, dv, no_dq)))
-                plgpu.barrier_arrive(freed.at[slot])
-
-                @pl.when(step > 0)
-                def _():
-                    plgpu.barrier_wait(dq_freed)
-
-                dq_smem.at[(slice(None), my_half) if dim == 128 else my_half][...] = dq
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(dq_ready)
-                return dk, dv
-
-            dk, dv = lax.fori_loop(0, steps, step_of, (zeros, zeros))
-            where = (split, b, pl.ds(key_tile * KEYS + wg * 64, 64), job_head)
-            dk_ref.at[where][...] = (dk * dim**-0.5).astype(dk_ref.dtype)
-            dv_ref.at[where][...] = dv.astype(dv_ref.dtype)
-
-        @pl.when(wg == 2)
-        def _stream():
-            plgpu.set_max_registers(24, action="decrease")
-            where = (0 if k_ref.shape[0] == 1 else b, pl.ds(key_tile * KEYS, KEYS), lax.div(first_head, group))
-            plgpu.copy_gmem_to_smem(k_ref.at[where], k_smem, kv_filled)
-            plgpu.copy_gmem_to_smem(v_ref.at[where], v_smem, kv_filled)
-            if ordered:
-                counters = pl.get_global(plgpu.SemaphoreType.REGULAR((batch * num_heads * num_tiles,)))
-
-            def load(step):
-                slot = lax.rem(step, jnp.int32(stages))
-                head, tile = work.locate(step, heads)
-                head, at = first_head + head, pl.ds(tile * tile_rows, tile_rows)
-
-                @pl.when(step >= stages)
-                def _():
-                    plgpu.barrier_wait(freed.at[slot])
-
-                plgpu.copy_gmem_to_smem(q_ref.at[b, at, head], q_smem.at[slot], q_filled.at[slot])
-                plgpu.copy_gmem_to_smem(stats_ref.at[b, head, :, at], stats_smem.at[slot], q_filled.at[slot])
-                plgpu.copy_gmem_to_smem(do_ref.at[b, at, head], do_smem.at[slot], do_filled.at[slot])
-
-            def add_to_dq(step):
-                head, tile = work.locate(step, heads)
-                head = first_head + head
-                if ordered:
-                    counter = counters.at[(b * num_heads + head) * num_tiles + tile]
-                    pl.semaphore_wait(counter, key_tile - line(tiles_ref, num_tiles, tile, 1)[0], decrement=False)
-                plgpu.barrier_wait(dq_ready)
-                where = (b, pl.ds(tile * tile_rows, tile_rows), head)
-                plgpu.copy_smem_to_gmem(dq_smem, dq_ref.at[where], reduction_op="add")
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                plgpu.barrier_arrive(dq_freed)
-                if ordered:
-                    plgpu.wait_smem_to_gmem(0)
-                    pl.semaphore_signal(counter)
-
-            pl.when(steps > 0)(lambda: load(0))
-
-            @pl.loop(0, steps)
-            def _(step):
-                pl.when(step + 1 < steps)(lambda: load(step + 1))
-                add_to_dq(step)
-
-    tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    tiled32 = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
-    d_key = jax.ShapeDtypeStruct(
-        (splits, batch, num_key_tiles * KEYS, job_heads, dim), jnp.float32 if heads < group or splits > 1 else dtype
-    )
-    run = plgpu.kernel(
-        kernel,
-        out_type=(d_key, d_key),
-        scratch_types=[
-            plgpu.SMEM((KEYS, dim), dtype, transforms=tiled),
-            plgpu.SMEM((KEYS, dim), dtype, transforms=tiled),
-            plgpu.SMEM((stages, tile_rows, dim), dtype, transforms=tiled),
-            plgpu.SMEM((stages, tile_rows, dim), dtype, transforms=tiled),
-            plgpu.SMEM((stages, 2, tile_rows), jnp.float32),
-            plgpu.SMEM((2, KEYS, tile_rows), dtype, transforms=tiled),
-            plgpu.SMEM((tile_rows, dim), jnp.float32, transforms=tiled32),
-            plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_barriers=stages, num_arrivals=2),
-            plgpu.Barrier(num_barriers=stages),
-            plgpu.Barrier(num_barriers=stages, num_arrivals=2),
-            plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_arrivals=1),
-        ],
-        grid=(splits * batch * job_heads * num_key_tiles,),
-        grid_names=("block",),
-        num_threads=3,
-        thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        kernel_name=f"gist_attention_backward_{name}",
-    )
-    return run(*queries, k, v, *(x.reshape(-1) for x in (*rows, tile_table, work_table)), dq_ref)
+    def source(self, key_tile):
+        """Source of a key tile, and its index there."""
+        source = (key_tile >= self.tiles[SINKS]).astype(jnp.int32) + (key_tile >= self.shared_tiles).astype(jnp.int32)
+        before = jnp.where(source == RAWS, self.shared_tiles, jnp.where(source == GISTS, self.tiles[SINKS], 0))
+        return source, key_tile - before
 
 
 def gist_attention_backward(
@@ -314,28 +145,287 @@ def gist_attention_backward(
       kv: a `GistKV`; the sinks' gradients sum over the batch.
       intervals: what each row sees.
     """
-    _, num_rows, num_heads, dim = q.shape
+    batch, num_rows, num_heads, dim = q.shape
     num_kv_heads = kv.gist_k.shape[2]
-    group = num_heads // num_kv_heads
-    delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
-    queries = Queries(q, d_out, jnp.stack([lse, delta], axis=2))
-    dq_ref = jax.new_ref(jnp.zeros(q.shape, jnp.float32))
+    tile_rows, ds_slots = (64, 3) if dim == 128 else (128, 2)
+    num_tiles, group = num_rows // tile_rows, num_heads // num_kv_heads
+    stages, ordered = blocks.stages, blocks.deterministic
+    dtype = q.dtype
+    scale = dim**-0.5 * math.log2(math.e)
+    per_batch = intervals.gist_lo.shape[0] > 1
+    sinks = (kv.sink_k, kv.sink_v) if layout.num_sinks else ()
+    key_tiles = tuple(-(-x.shape[-3] // KEYS) for x in (kv.sink_k, kv.gist_k, kv.raw_k))
+    interleaved = blocks.heads if num_heads % blocks.heads == 0 else num_heads
+    grid = Grid(batch, num_heads, num_kv_heads, key_tiles, interleaved)
 
-    def source(name, k, v, lo, hi, heads, splits):
-        grads = _source_backward(queries, k, v, RowRanges(lo, hi), segment, dq_ref, heads, splits, blocks, name)
-        grads = [x[..., : k.shape[1], :, :] for x in grads]
-        if heads < group:
-            grads = [x.reshape(*x.shape[:3], num_kv_heads, -1, dim).sum(4) for x in grads]
-        return [x.sum(0) if splits > 1 else x[0] for x in grads]
+    none = jnp.zeros_like(intervals.gist_lo)
+    ranges = [RowRanges(none, none + layout.num_sinks), RowRanges(*intervals[:2]), RowRanges(*intervals[2:])]
+    walk_table, tile_table = backward_tables(segment, ranges, key_tiles, tile_rows, KEYS)
+    ranges = jnp.stack([jnp.stack(x, axis=1) for x in ranges], axis=1)  # [S, 3, 2, P]
+    delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1)
+    # XLA would write the sums transposed, row by row, several times slower
+    delta = lax.optimization_barrier(delta).swapaxes(1, 2)
 
-    d_sinks = (jnp.zeros_like(kv.sink_k), jnp.zeros_like(kv.sink_v))
-    if layout.num_sinks:
-        none = jnp.zeros_like(intervals.gist_lo[:1])
-        sink_k, sink_v = kv.sink_k[None], kv.sink_v[None]
-        grads = source("sinks", sink_k, sink_v, none, none + layout.num_sinks, 1, min(8, num_rows // 128))
-        d_sinks = [x.astype(jnp.float32).sum(0) for x in grads]
-    d_gists = source("gists", kv.gist_k, kv.gist_v, intervals.gist_lo, intervals.gist_hi, 1, 1)
-    d_raws = source("raws", kv.raw_k, kv.raw_v, intervals.raw_lo, intervals.raw_hi, group, 1)
-    d_q = (jax.freeze(dq_ref) * dim**-0.5).astype(q.dtype)
+    def kernel(q_ref, do_ref, lse_ref, delta_ref, gk_ref, gv_ref, rk_ref, rv_ref, *refs):
+        sink_refs, refs = refs[: len(sinks)], refs[len(sinks) :]
+        ranges_ref, tiles_ref, walks_ref, dq_ref, *refs = refs
+        dk_shared_ref, dv_shared_ref, dk_raw_ref, dv_raw_ref, *refs = refs
+        k_smem, v_smem, q_smem, do_smem, stats_smem, ranges_smem, ds_smem, dq_smem, *refs = refs
+        kv_filled, q_filled, do_filled, freed, ds_ready, dq_ready, dq_freed = refs
+        wg = lax.axis_index("wg")
+        b, key_tile, first_head = grid.place(lax.axis_index("block"))
+        source, index_in_source = grid.source(key_tile)
+        at_batch = b if per_batch else 0
+        walk = Walk(*(walks_ref[(at_batch * sum(key_tiles) + key_tile) * 4 + i] for i in range(4)))
+        steps = walk.per_head * jnp.where(source == RAWS, group, 1)
+
+        def of_tile(tile, column):
+            return tiles_ref[((at_batch * 3 + source) * num_tiles + tile) * 4 + column]
+
+        @pl.when(wg < 2)
+        def _compute():
+            plgpu.set_max_registers(240, action="increase")
+            shape = (64, 64)  # of the scores that a warpgroup has in registers
+            parts = [pl.ds(i, 64) for i in range(0, tile_rows, 64)]
+            across = lambda x: lax.broadcast_in_dim(x, shape, [1])  # noqa: E731
+
+            def ds_slot_of(step):
+                return lax.rem(step + 1, jnp.int32(ds_slots))
+
+            def publish(ds, step, wg):
+                for rows, part in zip(parts, ds, strict=True):
+                    ds_smem.at[ds_slot_of(step), pl.ds(wg * 64, 64), rows][...] = part
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(ds_ready.at[ds_slot_of(step)])
+
+            def multiply_dq(dq_acc, step, wg):
+                slot, my_half = ds_slot_of(step), pl.ds(wg * 64, 64)
+                plgpu.barrier_wait(ds_ready.at[slot])
+                if dim == 128:
+                    plgpu.wgmma(dq_acc, ds_smem.at[slot].T, k_smem.at[:, my_half])
+                else:
+                    plgpu.wgmma(dq_acc, ds_smem.at[slot, :, my_half].T, k_smem)
+
+            # dQ is handed over once for every step, and once before them all, where it is zero
+            def await_handover(number):
+                @pl.when(number >= 0)
+                def _():
+                    plgpu.barrier_wait(dq_freed.at[lax.rem(number, jnp.int32(2))])
+
+            def hand_over(dq, number, wg):
+                my_half = pl.ds(wg * 64, 64)
+                dq_smem.at[(slice(None), my_half) if dim == 128 else my_half][...] = dq
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(dq_ready.at[lax.rem(number, jnp.int32(2))])
+
+            publish([plgpu.layout_cast(jnp.zeros(shape, dtype), WGMMA)] * len(parts), jnp.int32(-1), wg)
+            plgpu.barrier_wait(kv_filled)
+
+            def run_steps(accumulators):
+                dk_acc, dv_acc = accumulators
+
+                def step_of(step, index):
+                    # hidden from the compiler, which would keep a matrix descriptor of every product in registers
+                    my_wg = lax.optimization_barrier(wg)
+                    slot, before = (lax.rem(step + i, jnp.int32(stages)) for i in (0, stages - 1))
+                    tile = walk.tile(index)
+                    full = (index_in_source >= of_tile(tile, 1)) & (index_in_source < of_tile(tile, 2))
+
+                    def mask(scores, rows):
+                        key = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=WGMMA)
+                        key += index_in_source * KEYS + wg * 64
+                        lo = plgpu.load(ranges_smem.at[slot, 0, rows], layout=PER_COLUMN)
+                        scores = jnp.where(key >= across(lo), scores, MASKED)
+                        scores = lax.optimization_barrier(scores)
+                        hi = plgpu.load(ranges_smem.at[slot, 1, rows], layout=PER_COLUMN)
+                        return jnp.where(key < across(hi), scores, MASKED)
+
+                    plgpu.barrier_wait(q_filled.at[slot])
+
+                    def gradient_of_scores(rows, scores_acc, dp_acc):
+                        my_keys = pl.ds(lax.optimization_barrier(wg) * 64, 64)
+                        plgpu.wgmma(scores_acc, k_smem.at[my_keys], q_smem.at[slot, rows].T)
+                        if rows is parts[0]:
+                            plgpu.barrier_wait(do_filled.at[slot])
+                        plgpu.wgmma(dp_acc, v_smem.at[my_keys], do_smem.at[slot, rows].T)
+                        scores = plgpu.wgmma_accumulator_load(scores_acc, wait_n=1)
+                        if rows is parts[0]:  # all that the step before has multiplied is done, too
+                            plgpu.barrier_arrive(freed.at[before], predicate=step > 0)
+                        scores = lax.cond(full, lambda s: s, lambda s: mask(s, rows), scores)
+                        lse = plgpu.load(stats_smem.at[slot, 0, rows], layout=PER_COLUMN)
+                        weights = jnp.exp2(scores * scale - across(lse))
+                        narrow = weights.astype(dtype)
+                        dp = dp_acc[...]
+                        delta = plgpu.load(stats_smem.at[slot, 1, rows], layout=PER_COLUMN)
+                        ds = (weights * (dp - across(delta))).astype(dtype)
+                        ds, narrow = lax.optimization_barrier((ds, narrow))
+                        plgpu.wgmma(dv_acc, narrow, do_smem.at[slot, rows])
+                        return ds
+
+                    acc = plgpu.ACC(shape, jnp.float32)
+                    ds = [pl.run_scoped(partial(gradient_of_scores, rows), acc, acc) for rows in parts]
+                    # a slot may be written again when both warpgroups have used it: three steps ago, that is sure
+                    if ds_slots == 2:
+                        await_handover(step - 1)
+                    publish(ds, step, my_wg)
+
+                    def multiply(dq_acc):
+                        multiply_dq(dq_acc, step - 1, my_wg)
+                        for rows, part in zip(parts, ds, strict=True):
+                            plgpu.wgmma(dk_acc, part, q_smem.at[slot, rows])
+                        return plgpu.wgmma_accumulator_load(dq_acc, wait_n=len(parts))
+
+                    dq = pl.run_scoped(multiply, plgpu.ACC((64, 64), jnp.float32))
+                    if ds_slots != 2:
+                        await_handover(step - 1)
+                    hand_over(dq, step, my_wg)
+                    return jnp.where(index + 1 == walk.per_head, 0, index + 1)
+
+                lax.fori_loop(0, steps, step_of, jnp.int32(0))
+
+            zeros = plgpu.layout_cast(jnp.zeros((64, dim), jnp.float32), WGMMA)
+            dk, dv = pl.run_state(run_steps)((plgpu.ACC.init(zeros), plgpu.ACC.init(zeros)))
+
+            def multiply_last(dq_acc):
+                multiply_dq(dq_acc, steps - 1, wg)
+                return dq_acc[...]
+
+            dq = pl.run_scoped(multiply_last, plgpu.ACC((64, 64), jnp.float32))
+            await_handover(steps - 1)
+            hand_over(dq, steps, wg)
+            dk *= dim**-0.5
+            rows = pl.ds(index_in_source * KEYS + wg * 64, 64)
+
+            @pl.when(source == RAWS)
+            def _():
+                where = (b, rows, lax.div(first_head, group))
+                dk_raw_ref.at[where][...] = dk.astype(dtype)
+                dv_raw_ref.at[where][...] = dv.astype(dtype)
+
+            @pl.when(source != RAWS)
+            def _():
+                where = (b, pl.ds(key_tile * KEYS + wg * 64, 64), first_head)
+                dk_shared_ref.at[where][...] = dk
+                dv_shared_ref.at[where][...] = dv
+
+        @pl.when(wg == 2)
+        def _serve():
+            plgpu.set_max_registers(24, action="decrease")
+            if ordered:
+                counters = pl.get_global(plgpu.SemaphoreType.REGULAR((batch * num_heads * num_tiles,)))
+
+            def load_keys():
+                keys, head = pl.ds(index_in_source * KEYS, KEYS), lax.div(first_head, group)
+                for name, parts in ((SINKS, sink_refs), (GISTS, (gk_ref, gv_ref)), (RAWS, (rk_ref, rv_ref))):
+                    where = (keys, head) if name == SINKS else (b, keys, head)
+                    for ref, smem in zip(parts, (k_smem, v_smem), strict=False):  # there may be no sinks
+
+                        @pl.when(source == name)
+                        def _(ref=ref, where=where, smem=smem):
+                            plgpu.copy_gmem_to_smem(ref.at[where], smem, kv_filled)
+
+            def load(step):
+                slot = lax.rem(step, jnp.int32(stages))
+                head, tile = walk.locate(step)
+                head, at = first_head + head, pl.ds(tile * tile_rows, tile_rows)
+
+                @pl.when(step >= stages)
+                def _():
+                    plgpu.barrier_wait(freed.at[slot])
+
+                plgpu.copy_gmem_to_smem(q_ref.at[b, at, head], q_smem.at[slot], q_filled.at[slot])
+                plgpu.copy_gmem_to_smem(lse_ref.at[b, head, at], stats_smem.at[slot, 0], q_filled.at[slot])
+                plgpu.copy_gmem_to_smem(ranges_ref.at[at_batch, source, :, at], ranges_smem.at[slot], q_filled.at[slot])
+                plgpu.copy_gmem_to_smem(do_ref.at[b, at, head], do_smem.at[slot], do_filled.at[slot])
+                plgpu.copy_gmem_to_smem(delta_ref.at[b, head, at], stats_smem.at[slot, 1], do_filled.at[slot])
+
+            def add_dq(step):
+                number = lax.rem(step + 1, jnp.int32(2))
+                head, tile = walk.locate(step)
+                head = first_head + head
+                target = dq_ref.at[b, pl.ds(tile * tile_rows, tile_rows), head]
+
+                def add():
+                    plgpu.copy_smem_to_gmem(dq_smem, target, reduction_op="add")
+
+                if ordered:
+                    counter = counters.at[(b * num_heads + head) * num_tiles + tile]
+                    earlier = index_in_source + of_tile(tile, 0)
+                    plgpu.semaphore_wait(counter, earlier, decrement=False, memory_scope="gpu")
+                plgpu.barrier_wait(dq_ready.at[number])
+                if ordered:
+                    pl.when(earlier > 0)(add)
+                    pl.when(earlier == 0)(lambda: plgpu.copy_smem_to_gmem(dq_smem, target))
+                else:
+                    add()
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                plgpu.barrier_arrive(dq_freed.at[number])
+                if ordered:
+                    plgpu.wait_smem_to_gmem(0)
+                    plgpu.semaphore_signal(counter, memory_scope="gpu")
+
+            @plgpu.warp_map
+            def _(warp):
+                @pl.when(warp == 0)
+                def _():
+                    load_keys()
+                    pl.loop(0, steps)(load)
+
+                @pl.when(warp == 1)
+                def _():
+                    pl.loop(0, lax.div(steps + 1, jnp.int32(2)))(lambda i: add_dq(2 * i))
+
+                @pl.when(warp == 2)
+                def _():
+                    plgpu.barrier_wait(dq_ready.at[0])  # the zeros before the first step: nothing to add
+                    plgpu.barrier_arrive(dq_freed.at[0])
+                    pl.loop(0, lax.div(steps, jnp.int32(2)))(lambda i: add_dq(2 * i + 1))
+
+    tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    tiled32 = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
+    d_q = jax.ShapeDtypeStruct(q.shape, jnp.float32)
+    d_shared = jax.ShapeDtypeStruct((batch, grid.shared_tiles * KEYS, num_heads, dim), jnp.float32)
+    d_raw = jax.ShapeDtypeStruct((batch, key_tiles[RAWS] * KEYS, num_kv_heads, dim), dtype)
+    run = plgpu.kernel(
+        kernel,
+        out_type=(*([d_q] if ordered else []), d_shared, d_shared, d_raw, d_raw),
+        scratch_types=[
+            plgpu.SMEM((KEYS, dim), dtype, transforms=tiled),
+            plgpu.SMEM((KEYS, dim), dtype, transforms=tiled),
+            plgpu.SMEM((stages, tile_rows, dim), dtype, transforms=tiled),
+            plgpu.SMEM((stages, tile_rows, dim), dtype, transforms=tiled),
+            plgpu.SMEM((stages, 2, tile_rows), jnp.float32),
+            plgpu.SMEM((stages, 2, tile_rows), jnp.int32),
+            plgpu.SMEM((ds_slots, KEYS, tile_rows), dtype, transforms=tiled),
+            plgpu.SMEM((tile_rows, dim), jnp.float32, transforms=tiled32),
+            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(num_barriers=stages, num_arrivals=3),
+            plgpu.Barrier(num_barriers=stages, num_arrivals=2),
+            plgpu.Barrier(num_barriers=stages, num_arrivals=2),
+            plgpu.Barrier(num_barriers=ds_slots, num_arrivals=2),
+            plgpu.Barrier(num_barriers=2, num_arrivals=2),
+            plgpu.Barrier(num_barriers=2),
+        ],
+        grid=(grid.blocks,),
+        grid_names=("block",),
+        num_threads=3,
+        thread_name="wg",
+        # no thread reads shared memory that it writes: the barriers that Pallas adds around each access are not needed
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        kernel_name="gist_attention_backward",
+    )
+    keys = kv.gist_k, kv.gist_v, kv.raw_k, kv.raw_v, *sinks
+    inputs = q, d_out, lse, delta, *keys, ranges, tile_table.reshape(-1), walk_table.reshape(-1)
+    if ordered:
+        d_q, *d_shared, d_raw_k, d_raw_v = run(*inputs)
+    else:
+        sums = jax.new_ref(jnp.zeros(q.shape, jnp.float32))
+        *d_shared, d_raw_k, d_raw_v = run(*inputs, sums)
+        d_q = jax.freeze(sums)
+    d_shared = [x.reshape(batch, -1, num_kv_heads, group, dim) for x in d_shared]
+    num_sinks, num_gists, first_gist = kv.sink_k.shape[0], kv.gist_k.shape[1], key_tiles[SINKS] * KEYS
+    d_sinks = [x[:, :num_sinks].sum((0, 3)) for x in d_shared]
+    d_gists = [x[:, first_gist : first_gist + num_gists].sum(3) for x in d_shared]
+    d_raws = [x[:, : kv.raw_k.shape[1]] for x in (d_raw_k, d_raw_v)]
     d_kv = [x.astype(like.dtype) for x, like in zip((*d_sinks, *d_gists, *d_raws), kv, strict=True)]
-    return d_q, type(kv)(*d_kv)
+    return (d_q * dim**-0.5).astype(dtype), type(kv)(*d_kv)

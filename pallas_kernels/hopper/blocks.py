@@ -20,19 +20,19 @@ class BackwardBlocks(NamedTuple):
     """Query tiles in flight, heads whose blocks interleave, and whether additions to dQ happen in a fixed order."""
 
     stages: int = 2
-    heads: int = 4
+    heads: int = 8
     deterministic: bool = True
 
 
 # (head dim, ratios it holds for or None for all, shortest length in raws) -> blocks; the last row that fits wins
 FORWARD: tuple[tuple[int, tuple[int, ...] | None, int, ForwardBlocks], ...] = (
-    (64, None, 0, ForwardBlocks(items=4)),
-    (128, None, 0, ForwardBlocks(items=4)),
-    (128, (2, 4), 24576, ForwardBlocks(items=2)),
+    (64, None, 0, ForwardBlocks()),
+    (128, None, 0, ForwardBlocks()),
 )
 BACKWARD: tuple[tuple[int, tuple[int, ...] | None, int, BackwardBlocks], ...] = (
-    (64, None, 0, BackwardBlocks(heads=4)),
-    (128, None, 0, BackwardBlocks(heads=4)),
+    (64, None, 0, BackwardBlocks()),
+    (128, None, 0, BackwardBlocks()),
+    (128, None, 24576, BackwardBlocks(heads=4)),
 )
 
 

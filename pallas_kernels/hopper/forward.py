@@ -16,8 +16,12 @@ Packed documents move the left border: tiles before the document are not read, t
 One block computes 128 query rows with three warpgroups:
 
   warpgroup 2      TMA: streams key and value tiles through a ring of `stages` buffers, unmasked tiles first
-  warpgroups 0, 1  64 rows each against every key tile of the stream; the two take turns at the tensor cores, one in
-                   its matrix products while the other computes its softmax
+  warpgroups 0, 1  64 rows each against every key tile of the stream. A warpgroup issues the scores of a tile together
+                   with the output of the tile before, and computes the tile's softmax while the latter is computed.
+                   The two take turns at issuing, so that one is in its products while the other is in its softmax:
+
+                   warpgroup 0     scores 2, output 1   softmax 2    scores 3, output 2   softmax 3   …
+                   warpgroup 1          softmax 1     scores 2, output 1   softmax 2    scores 3, output 2   …
 
 With an even number of query heads per KV head the two warpgroups hold the same 64 rows of two heads, else 128 rows of
 one: the former visits fewer key tiles. Blocks run from the heaviest query tile to the lightest, one KV head after
@@ -208,72 +212,100 @@ def gist_attention_forward(
 
         my_items = jnp.minimum(blocks.items, num_items - block * blocks.items)
 
-        def take_turns():
-            plgpu.barrier_arrive(turn)
-            plgpu.barrier_wait(turn)
-
         @pl.when(wg < 2)
         def _compute():
             plgpu.set_max_registers(240, action="increase")
             q_smem, out_smem, lse_smem = q_smem2.at[wg], out_smem2.at[wg], lse_smem2.at[wg]
 
+            def await_turn():
+                plgpu.barrier_wait(turn.at[wg])
+
+            def pass_turn():
+                plgpu.barrier_arrive(turn.at[1 - wg])
+
+            def softmax_of(acc_ref, q_smem, mask, stream, served):
+                """Unnormalised output, maximum and sum of the weights of 64 rows over the tiles of a stream."""
+                scores_acc = plgpu.ACC((ROWS, keys), jnp.float32)
+
+                def slot_of(index):
+                    return lax.rem(served + index, jnp.int32(stages))
+
+                def weigh(index, scores, maximum, total, masked):
+                    """Frees the keys. Weights, new maximum and total, and the factor that shrinks the output so far."""
+                    plgpu.barrier_arrive(k_freed.at[slot_of(index)])
+                    plgpu.barrier_arrive(q_freed, predicate=index + 1 == stream.num_tiles)
+
+                    def apply(scores):
+                        source, key_tile = stream.locate(index)
+                        return mask.apply(scores, source, key_tile, keys)
+
+                    if masked is None:
+                        scores = lax.cond(stream.num_full > 0, lambda s: s, apply, scores)
+                    elif masked:
+                        scores = apply(scores)
+                    new_maximum = jnp.maximum(maximum, scores.max(axis=1) * scale)
+                    shrink = jnp.exp2(maximum - new_maximum)
+                    weights = jnp.exp2(scores * scale - lax.broadcast_in_dim(new_maximum, scores.shape, [0]))
+                    total = total * shrink + weights.sum(axis=1)
+                    return weights, new_maximum, total, shrink
+
+                def first_scores(scores_ref):
+                    plgpu.barrier_wait(k_filled.at[slot_of(0)])
+                    await_turn()
+                    plgpu.wgmma(scores_ref, q_smem, k_smem.at[slot_of(0)].T)
+                    pass_turn()
+                    return scores_ref[...]
+
+                maximum = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), PER_ROW)
+                total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), PER_ROW)
+                plgpu.barrier_wait(q_filled)
+                weights, maximum, total, _ = weigh(0, pl.run_scoped(first_scores, scores_acc), maximum, total, None)
+
+                def step(index, state, masked):
+                    weights, maximum, total = state
+                    slot, before = slot_of(index), slot_of(index - 1)
+                    plgpu.barrier_wait(k_filled.at[slot])
+                    plgpu.barrier_wait(v_filled.at[before])
+                    await_turn()
+
+                    def multiply(scores_ref):
+                        plgpu.wgmma(scores_ref, q_smem, k_smem.at[slot].T)
+                        plgpu.wgmma(acc_ref, weights, v_smem.at[before])
+                        pass_turn()
+                        return plgpu.wgmma_accumulator_load(scores_ref, wait_n=1)
+
+                    scores = pl.run_scoped(multiply, scores_acc)
+                    weights, maximum, total, shrink = weigh(index, scores, maximum, total, masked)
+                    weights, maximum, total, shrink = lax.optimization_barrier((weights, maximum, total, shrink))
+                    acc = acc_ref[...]
+                    # rounded only now: the product that has just ended may have been reading the registers
+                    weights = lax.optimization_barrier(weights).astype(q.dtype)
+                    plgpu.barrier_arrive(v_freed.at[before])
+                    acc_ref[...] = acc * lax.broadcast_in_dim(shrink, acc.shape, [0])
+                    return weights, maximum, total
+
+                state = (weights.astype(q.dtype), maximum, total)
+                masked_from = jnp.maximum(stream.num_full, 1)
+                state = lax.fori_loop(1, masked_from, lambda i, s: step(i, s, masked=False), state)
+                state = lax.fori_loop(masked_from, stream.num_tiles, lambda i, s: step(i, s, masked=True), state)
+                weights, maximum, total = state
+                last = slot_of(stream.num_tiles - 1)
+                plgpu.barrier_wait(v_filled.at[last])
+                await_turn()
+                plgpu.wgmma(acc_ref, weights, v_smem.at[last])
+                pass_turn()
+                acc = acc_ref[...]
+                plgpu.barrier_arrive(v_freed.at[last])
+                return acc, maximum, total
+
             def attend(b, first_head, first_row, stream, served):
                 head = first_head + (wg if pair == 2 else 0)
                 row = first_row + (0 if pair == 2 else wg * ROWS)
                 mask = RowMask.read(row_refs, table_of(b) * num_rows + row, num_sinks)
-                acc = plgpu.layout_cast(jnp.zeros((ROWS, dim), jnp.float32), WGMMA)
-                maximum = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), PER_ROW)
-                total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), PER_ROW)
-                plgpu.barrier_wait(q_filled)
-                pl.when(wg == 1)(take_turns)
-
-                @pl.when(stream.num_tiles > 0)
-                def _():
-                    plgpu.barrier_wait(k_filled.at[lax.rem(served, jnp.int32(stages))])
-
-                def step(index, state, masked: bool):
-                    acc, maximum, total = state
-                    slot = lax.rem(served + index, jnp.int32(stages))
-
-                    def scores_of(scores_ref):
-                        plgpu.wgmma(scores_ref, q_smem, k_smem.at[slot].T)
-                        take_turns()
-                        return scores_ref[...]
-
-                    scores = pl.run_scoped(scores_of, plgpu.ACC((ROWS, keys), jnp.float32))
-                    plgpu.barrier_arrive(k_freed.at[slot])
-                    pl.when(index + 1 == stream.num_tiles)(lambda: plgpu.barrier_arrive(q_freed))
-                    if masked:
-                        source, key_tile = stream.locate(index)
-                        scores = mask.apply(scores, source, key_tile, keys)
-                    new_maximum = jnp.maximum(maximum, scores.max(axis=1) * scale)
-                    shrink = jnp.exp2(maximum - new_maximum)
-                    weights = jnp.exp2(scores * scale - lax.broadcast_in_dim(new_maximum, scores.shape, [0]))
-                    acc *= lax.broadcast_in_dim(shrink, acc.shape, [0])
-                    total = total * shrink + weights.sum(axis=1)
-                    narrow = weights.astype(q.dtype)
-                    acc, total, new_maximum, narrow = lax.optimization_barrier((acc, total, new_maximum, narrow))
-                    plgpu.barrier_arrive(turn)
-                    plgpu.barrier_wait(v_filled.at[slot])
-                    plgpu.barrier_wait(turn)
-
-                    def weigh(acc_ref):
-                        plgpu.wgmma(acc_ref, narrow, v_smem.at[slot])
-
-                        @pl.when(index + 1 < stream.num_tiles)
-                        def _():
-                            plgpu.barrier_wait(k_filled.at[lax.rem(served + index + 1, jnp.int32(stages))])
-
-                    acc = pl.run_state(weigh)(plgpu.ACC.init(acc))
-                    plgpu.barrier_arrive(v_freed.at[slot])
-                    return acc, new_maximum, total
-
-                state = (acc, maximum, total)
-                state = lax.fori_loop(0, stream.num_full, lambda i, s: step(i, s, masked=False), state)
-                state = lax.fori_loop(stream.num_full, stream.num_tiles, lambda i, s: step(i, s, masked=True), state)
-                acc, maximum, total = state
-                pl.when(stream.num_tiles == 0)(lambda: plgpu.barrier_arrive(q_freed))
-                pl.when(wg == 0)(lambda: plgpu.barrier_arrive(turn))
+                acc, maximum, total = pl.run_scoped(
+                    lambda acc_ref: softmax_of(acc_ref, q_smem, mask, stream, served),
+                    plgpu.ACC((ROWS, dim), jnp.float32),
+                )
                 total = jnp.maximum(total, 1e-30)
                 acc *= lax.broadcast_in_dim(1.0 / total, acc.shape, [0])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -282,13 +314,13 @@ def gist_attention_forward(
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(out_smem, out_ref.at[b, pl.ds(row, ROWS), head])
                 plgpu.copy_smem_to_gmem(lse_smem, lse_ref.at[b, head, pl.ds(row, ROWS)])
-                pl.when(wg == 0)(lambda: plgpu.barrier_wait(turn))
 
             def item(number, served):
                 b, _, first_head, first_row, stream = item_of(number)
                 attend(b, first_head, first_row, stream, served)
                 return served + stream.num_tiles
 
+            pl.when(wg == 1)(pass_turn)  # warpgroup 0 begins
             lax.fori_loop(0, my_items, item, jnp.int32(0))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
@@ -304,7 +336,7 @@ def gist_attention_forward(
                 def load(index):
                     load_keys(stream, index, served + index, sources, rings, b, kv_head, stages, keys)
 
-                pl.when(stream.num_tiles > 0)(lambda: load(0))
+                load(0)
 
                 @pl.when(number > 0)
                 def _():
@@ -341,13 +373,16 @@ def gist_attention_forward(
             plgpu.Barrier(num_barriers=stages),
             plgpu.Barrier(num_barriers=stages, num_arrivals=2),
             plgpu.Barrier(num_barriers=stages, num_arrivals=2),
-            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(num_barriers=2),
         ],
         grid=(pl.cdiv(num_items, blocks.items),),
         grid_names=("block",),
         num_threads=3,
         thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=512),
+        # no thread reads shared memory that it writes: the barriers that Pallas adds around each access are not needed
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, reduction_scratch_bytes=512, unsafe_no_auto_barriers=True
+        ),
         kernel_name="gist_attention_forward",
     )
     return run(q, kv.gist_k, kv.gist_v, kv.raw_k, kv.raw_v, *sinks, table.reshape(-1), *intervals)

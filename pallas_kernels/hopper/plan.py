@@ -144,11 +144,15 @@ def forward_table(
 ) -> Int32[Array, "S M 16"]:
     """One line a query tile, heavy tiles first: the tile, then `TileBounds` of gists and of raws.
 
+    Every tile visits a key tile at least: a tile of padding gets one of raws, and masks all of it.
+
     Args:
       regular: every tile sees all gists before it, so that the order is known beforehand; else it is sorted out here.
     """
     gists = tile_bounds(segment, RowRanges(intervals.gist_lo, intervals.gist_hi), tile, keys)
     raws = tile_bounds(segment, RowRanges(intervals.raw_lo, intervals.raw_hi), tile, keys)
+    padding = (gists.first == gists.last) & (raws.first == raws.last)
+    raws = raws._replace(last=raws.last + padding)
     order = jnp.broadcast_to(heavy_first(layout, segment, tile), gists.first.shape)
     if not regular:
         order = jnp.argsort(-(gists.last - gists.first + raws.last - raws.first), axis=1).astype(jnp.int32)
@@ -192,10 +196,25 @@ def visitors(segment: Segment, bounds: TileBounds, num_key_tiles: int, tile: int
     return jnp.stack(columns, axis=-1)
 
 
-def query_table(segment: Segment, bounds: TileBounds, tile: int) -> Int32[Array, "S M 4"]:
-    """For each query tile the first key tile that visits it, then the range of key tiles that need no mask."""
-    begin, _ = _monotone(segment, bounds, tile)
-    return jnp.stack([begin, bounds.full_first, bounds.full_last, jnp.zeros_like(begin)], axis=-1)
+def backward_tables(
+    segment: Segment, ranges: list[RowRanges], num_key_tiles: tuple[int, int, int], tile: int, keys: int
+) -> tuple[Int32[Array, "S N 4"], Int32[Array, "S 3 M 4"]]:
+    """What the backward pass walks over, for the key tiles of all sources, one source after another.
+
+    Returns:
+      For each key tile its `visitors`. For each source and query tile: what to add to a key tile's index in the source
+      to get the number of key tiles, of this source and those before it, that visit the query tile earlier; then the
+      range of the source's key tiles that need no mask.
+    """
+    walks, tiles, earlier = [], [], 0
+    for rows, count in zip(ranges, num_key_tiles, strict=True):
+        bounds = tile_bounds(segment, rows, tile, keys)
+        begin, reach = _monotone(segment, bounds, tile)
+        walks.append(visitors(segment, bounds, count, tile))
+        zeros = jnp.zeros_like(begin)
+        tiles.append(jnp.stack([earlier - begin, bounds.full_first, bounds.full_last, zeros], axis=-1))
+        earlier += jnp.maximum(reach - begin, 0)
+    return jnp.concatenate(walks, axis=1), jnp.stack(tiles, axis=1)
 
 
 def log_sum_exp_of_rows(segment: Segment, lse: Float[Array, "B Hq P"]) -> Float[Array, "B Hq P"]:
