@@ -130,6 +130,8 @@ DECODING = {
     "group of 32": Decoding((1000, 1001, 3999), 1000, sinks=5, window=64, kv_heads=1),
     "group of 3, float16": Decoding((515,), 129, heads=6, kv_heads=2, dtype="float16"),
     "batch of 64": Decoding(tuple(61 * i for i in range(64)), 1000, heads=8, kv_heads=2),
+    "many tiles a block, ragged": Decoding((40000, 5, 400), 16384, spare=4),
+    "many tiles a block, head dim 64": Decoding((40000, 5, 400), 16384, dim=64, spare=4),
 }
 
 

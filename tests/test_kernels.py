@@ -1,6 +1,7 @@
 """Every backend that this machine can run, over one grid of cases (kernel_cases.py), against the float32 oracle.
 
-On a CPU: the XLA paths, and the Triton kernels by Triton's interpreter. On a GPU (conftest.py would hide it):
+On a CPU: the XLA paths, the Triton kernels by Triton's interpreter, the Hopper kernels by hopper_emulator.py. On a GPU
+(conftest.py would hide it):
 
     XLA_PYTHON_CLIENT_PREALLOCATE=false python -m pytest --noconftest tests/test_kernels.py -k gpu
 
@@ -34,20 +35,20 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 # --- how each backend runs here ---------------------------------------------------------------------------------------
 
 
-def triton_interpreted():
-    """The Triton kernels on a CPU: one process runs all small cases (triton_interpreter.py)."""
+def in_a_process(script: str) -> dict[str, np.ndarray]:
+    """What a script runs of the small cases (`kernel_cases.elsewhere`): values by "case/part"."""
     with tempfile.TemporaryDirectory() as directory:
         file = os.path.join(directory, "results.npz")
-        command = [sys.executable, os.path.join(HERE, "triton_interpreter.py"), file]
-        done = subprocess.run(command, capture_output=True, timeout=900, check=False)
+        command = [sys.executable, os.path.join(HERE, script), file]
+        env = os.environ | {"PYTHONPATH": os.path.dirname(HERE)}
+        done = subprocess.run(command, env=env, capture_output=True, timeout=900, check=False)
         assert done.returncode == 0, done.stderr.decode()[-2000:]
         with np.load(file) as found:
             return dict(found)
 
 
-# Backends that can run on a CPU though it is not their device: the packages that they need for it, and a function that
-# runs the small cases (`kernel_cases.elsewhere`) and returns their values by "case/part".
-ELSEWHERE = {"triton": (("triton", "torch"), triton_interpreted)}
+# Backends that can run on a CPU though it is not their device: the packages that they need for it, and the script.
+ELSEWHERE = {"triton": (("triton", "torch"), "triton_interpreter.py"), "hopper": ((), "hopper_emulator.py")}
 
 HOME = [name for name in BACKENDS if name in usable_backends()]  # those that run on this machine's own device
 CASES = [name for name, case in ATTENTION.items() if case.small or PLATFORM != "cpu"]
@@ -76,12 +77,12 @@ def poison() -> None:
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name not in (*HOME, "tpu")])
 def test_a_backend_without_its_device(backend):
     """Runs what can run of it here, or says why nothing can."""
-    needed, run = ELSEWHERE.get(backend, ((), None))
+    needed, script = ELSEWHERE.get(backend, ((), None))
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    if run is None or PLATFORM != "cpu" or missing:
+    if script is None or PLATFORM != "cpu" or missing:
         also = f"; to run elsewhere it needs {' and '.join(missing)}" if missing else ""
         pytest.skip(f"{backend} {BACKENDS[backend].obstacle(jax.devices()[0])}{also}")
-    found, failed = run(), []
+    found, failed = in_a_process(script), []
     for name, case in kernel_cases.elsewhere():
         try:
             if isinstance(case, kernel_cases.Case):
