@@ -193,6 +193,8 @@ def test_the_default_on_hopper(arguments, triton_there):
 def test_the_default_on_tpu(arguments):
     with compiling_for(TPU):
         assert choose(None, *arguments)[0] == "tpu"
+        step = kernel_cases.decode_inputs(kernel_cases.DECODING["ragged, every phase of a unit"])[:2]
+        assert choose(None, *step, arguments[2], decode=True)[0] == "tpu"
 
 
 def test_the_default_skips_a_backend_that_does_not_take_the_arguments(arguments, triton_there):

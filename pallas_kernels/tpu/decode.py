@@ -41,14 +41,18 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.backends import refusal_of
 from pallas_kernels.tpu.blocks import VMEM_LIMIT
-from pallas_kernels.tpu.op import refusal as decode_refusal
+from pallas_kernels.tpu.op import DTYPES, HEAD_DIMS, RATIOS
 from pallas_kernels.tpu.tiles import MASKED, NN, NT, dot
 from unigist_jax.layout import GistLayout
 
-__all__ = ["decode", "decode_refusal"]
-
 TILE_BYTES = 2**20  # of keys in a tile
+
+
+def decode_refusal(q, kv, layout: GistLayout) -> str | None:
+    """Why the decoding kernel does not take these arguments; None if it does."""
+    return refusal_of(q, kv, layout, DTYPES, HEAD_DIMS, RATIOS)
 
 
 def _row_table(num_heads: int, num_kv_heads: int) -> np.ndarray:
