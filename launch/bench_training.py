@@ -1,13 +1,15 @@
-"""Benchmark of the training step on one accelerator: UniGist against full attention in the same code, random tokens.
+"""Benchmark of the training step: UniGist against full attention in the same code, random tokens.
 
     python -m launch.bench_training --out=DIR                                   # DIR/bench_training.{json,md}
     python -m launch.bench_training --lengths=32768 --ratios=4 --remat=attention --steps=5
+    python -m launch.bench_training --mesh=context=2 --nofull                   # on two devices
     python -m launch.bench_training --topology=h100:1                           # only compiles, on any machine
 
 For each length it trains the same model, a batch of `--batch_size` rows of one document each, with gists at each ratio
 and with full attention (cuDNN's on GPUs): forward, backward, clipping and AdamW; parameters and moments in bfloat16. A
 step's time is the median of `--steps` steps after one that warms up. MFU counts useful operations alone
-(`unigist_jax/training/flops.py`) against the vendor's dense bf16 peak; memory is what the compiled program takes.
+(`unigist_jax/training/flops.py`) against the vendor's dense bf16 peak; memory is what the compiled program takes of one
+device. Every case begins with the same weights and tokens, whatever the mesh, so losses and gradient norms compare.
 """
 
 from __future__ import annotations
@@ -15,10 +17,15 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import math
 import statistics
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +36,18 @@ from unigist_jax.config import DataConfig, MeshConfig, OptimConfig, RunConfig, T
 from unigist_jax.layout import GistLayout
 from unigist_jax.model import LlamaConfig
 from unigist_jax.model.shapes import SHAPES
-from unigist_jax.sharding import make_mesh
-from unigist_jax.training.ahead_of_time import GIB, compile_step, describe, find_target, program_bytes
+from unigist_jax.sharding import MESH_AXES, batch_sharding, make_mesh
+from unigist_jax.training.ahead_of_time import (
+    GIB,
+    Target,
+    abstract_batch,
+    compile_step,
+    describe,
+    find_target,
+    program_bytes,
+)
 from unigist_jax.training.flops import peak_flops
-from unigist_jax.training.step import Batch, make_state, make_train_step
+from unigist_jax.training.step import Batch, abstract_state, make_state, make_train_step
 
 TINY = LlamaConfig(512, 64, 128, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, tie_embeddings=True)
 
@@ -42,16 +57,18 @@ RATIOS = flags.DEFINE_list("ratios", ["4", "8"], "raw tokens per gist; empty: fu
 FULL = flags.DEFINE_bool("full", True, "time full attention too")
 REMAT = flags.DEFINE_list("remat", ["attention", "full"], "model.remat of each length (docs/training.md)")
 BATCH = flags.DEFINE_integer("batch_size", 1, "rows of a step", lower_bound=1)
+MESH = flags.DEFINE_list("mesh", [], f"devices along mesh axes, as fsdp=2,context=2 (of {', '.join(MESH_AXES)})")
 LAYERS = flags.DEFINE_integer("layers", None, "another number of layers than the shape's", lower_bound=1)
 SINKS = flags.DEFINE_integer("sinks", 128, "sinks", lower_bound=0)
 WINDOW = flags.DEFINE_integer("window", 128, "local window in raw tokens", lower_bound=0)
 CHUNK = flags.DEFINE_integer("loss_chunk", 2048, "raws whose logits exist at a time", lower_bound=1)
 BACKEND = flags.DEFINE_string("backend", None, "attention backend (default: the best one here)")
 STEPS = flags.DEFINE_list("steps", ["5", "2"], "timed steps at each length")
-TOPOLOGY = flags.DEFINE_string("topology", None, "compile for these devices instead of running: h100:1, h200:1")
+TOPOLOGY = flags.DEFINE_string("topology", None, "compile for these devices instead of running: h100:1, h200:2")
 OUT = flags.DEFINE_string("out", None, "directory for the raw JSON and the table")
 
 
+LOWERING = threading.Lock()
 COLUMNS = ("raws", "attention", "remat", "step ms", "tokens/s", "over full", "MFU", "memory GiB")
 
 
@@ -64,6 +81,17 @@ def shape() -> LlamaConfig:
     return dataclasses.replace(config, num_layers=layers, param_dtype="bfloat16", dtype="bfloat16")
 
 
+def mesh_config() -> MeshConfig:
+    """The mesh of the flags: one device, but for the axes that are named."""
+    sizes = dict.fromkeys(MESH_AXES, 1)
+    for entry in MESH.value:
+        axis, _, size = entry.partition("=")
+        if axis not in sizes or not size.isdecimal() or not int(size):
+            raise ValueError(f"--mesh={entry}: write AXIS=DEVICES, AXIS one of {', '.join(MESH_AXES)}")
+        sizes[axis] = int(size)
+    return MeshConfig(**sizes)
+
+
 def make_run(length: int, ratio: int | None, remat: str) -> RunConfig:
     """The run of a case; `ratio` None: full attention."""
     attention = {"attention": "full"} if ratio is None else {"attention_backend": BACKEND.value}
@@ -73,40 +101,50 @@ def make_run(length: int, ratio: int | None, remat: str) -> RunConfig:
         data=DataConfig(row_length=length),
         optim=OptimConfig(peak_lr=1e-5, state_dtype="bfloat16"),
         train=TrainConfig(batch_size=BATCH.value, loss_chunk=CHUNK.value),
-        mesh=MeshConfig(),
+        mesh=mesh_config(),
     )
 
 
-def measure(run: RunConfig, steps: int) -> dict:
-    """Times a run's step on random tokens on the first device."""
-    device = jax.devices()[0]
-    mesh = make_mesh(devices=[device])
+def compile_case(run: RunConfig) -> tuple[jax.sharding.Mesh, Any, float]:
+    """The mesh of a run on this machine's first devices, its step for rows of one document, the compiler's seconds."""
+    sizes = dataclasses.asdict(run.mesh)
+    mesh = make_mesh(**sizes, devices=jax.devices()[: math.prod(sizes.values())])
+    with LOWERING, jax.set_mesh(mesh):
+        batch = abstract_batch(run, mesh, packed=False)
+        lowered = make_train_step(run, mesh).lower(abstract_state(run, mesh), batch)
+    begin = time.perf_counter()
+    return mesh, lowered.compile(), time.perf_counter() - begin
+
+
+def measure(run: RunConfig, mesh: jax.sharding.Mesh, step: Any, steps: int) -> dict:
+    """Times a run's compiled step on random tokens."""
+    devices = mesh.devices.ravel()
     with jax.set_mesh(mesh):
         state = make_state(run, mesh)
         size = run.train.batch_size, run.data.row_length
         tokens = jax.random.randint(jax.random.key(0), size, 0, run.model.vocab_size, jnp.int32)
         batch = Batch(tokens, None, jnp.ones(size, bool).at[:, -1].set(False))
-        begin = time.perf_counter()
-        step = make_train_step(run, mesh).lower(state, batch).compile()
-        compiled = time.perf_counter() - begin
-        times = []
+        batch = jax.device_put(batch, batch_sharding(mesh))
+        times, losses, norms = [], [], []
         for _ in range(1 + steps):
             begin = time.perf_counter()
             state, metrics = step(state, batch)
             metrics = {name: float(value) for name, value in metrics.items()}  # waits for the step
             times.append(time.perf_counter() - begin)
+            losses.append(metrics["loss"])
+            norms.append(metrics["grad_norm"])
     seconds = statistics.median(times[1:])
-    peak = peak_flops(device)
+    peak = peak_flops(devices[0])
     return {
         "seconds": seconds,
         "all_seconds": times,
         "tokens_per_second": tokens.size / seconds,
         "useful_flops": metrics["flops"],
-        "mfu": metrics["flops"] / seconds / peak if peak else None,
-        "loss": metrics["loss"],
+        "mfu": metrics["flops"] / seconds / peak / len(devices) if peak else None,
+        "losses": losses,
+        "grad_norms": norms,
         "bytes": program_bytes(step),
-        "allocator_peak_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),  # of the process so far
-        "compile_seconds": compiled,
+        "allocator_peak_bytes": (devices[0].memory_stats() or {}).get("peak_bytes_in_use"),  # of the process so far
     }
 
 
@@ -129,6 +167,36 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def cases(
+    length: int, ratios: list[int | None], remat: str, steps: int, target: Target | None
+) -> Iterator[tuple[int | None, dict]]:
+    """The results of one length, ratio by ratio, compiled side by side; a case that fails leaves the others be."""
+    runs = {ratio: make_run(length, ratio, remat) for ratio in ratios}
+    if target:
+        for ratio, run in runs.items():
+            yield ratio, attempt(compile_step, run, target, packed=False)
+        return
+    with ThreadPoolExecutor(len(runs)) as pool:
+        programs = {ratio: pool.submit(compile_case, run) for ratio, run in runs.items()}
+    for ratio, run in runs.items():
+        yield ratio, attempt(timed, run, programs[ratio], steps)
+        gc.collect()
+
+
+def timed(run: RunConfig, program: Future, steps: int) -> dict:
+    """`measure` of a program that has been compiled beside the others."""
+    mesh, step, seconds = program.result()
+    return measure(run, mesh, step, steps) | {"compile_seconds": seconds}
+
+
+def attempt(function: Callable[..., dict], *arguments: Any, **options: Any) -> dict:
+    """What the function returns, or the `reason` why it failed."""
+    try:
+        return function(*arguments, **options)
+    except Exception as error:
+        return {"reason": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+
+
 def main(_: list[str]) -> None:
     lengths = [int(x) for x in LENGTHS.value]
     for name, values in (("remat", REMAT.value), ("steps", STEPS.value)):
@@ -142,20 +210,14 @@ def main(_: list[str]) -> None:
         "device": (target.devices[0] if target else jax.devices()[0]).device_kind,
         "shape": dataclasses.asdict(shape()),
         "batch_size": BATCH.value,
+        "mesh": {axis: size for axis, size in dataclasses.asdict(mesh_config()).items() if size > 1},
         "rows": [],
     }
     print(f"{result['device']}, jax {result['jax']}", flush=True)
     for length, remat, steps in zip(lengths, REMAT.value, STEPS.value, strict=True):
-        for ratio in ratios:
-            run = make_run(length, ratio, remat)
-            row = {"length": length, "ratio": ratio, "remat": remat}
-            try:
-                row |= compile_step(run, target, packed=False) if target else measure(run, int(steps))
-            except Exception as error:  # a case that does not fit or does not compile must not take the others along
-                row["reason"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            result["rows"].append(row)
-            print(describe(row) if target and "bytes" in row else table([row]).splitlines()[-1], flush=True)
-            gc.collect()
+        for ratio, row in cases(length, ratios, remat, int(steps), target):
+            result["rows"].append({"length": length, "ratio": ratio, "remat": remat, **row})
+            print(describe(row) if "target" in row else table(result["rows"][-1:]).splitlines()[-1], flush=True)
             if OUT.value:
                 folder = Path(OUT.value)
                 folder.mkdir(parents=True, exist_ok=True)

@@ -357,6 +357,7 @@ def test_the_training_benchmark_times_each_case_and_writes_table_and_figures(com
     assert [line.split(" | ")[1] for line in lines[2:]] == ["full", "gist r=4"]
     assert f"{full['seconds'] / gist['seconds']:.2f}x" in lines[3]
     assert lines[-1] in finished.out
+    assert_refused(command("bench_training", "--mesh=pipeline=2", *flags.split()), "--mesh=pipeline=2", "AXIS=DEVICES")
 
 
 def test_compile_only_tells_what_a_device_needs_and_makes_no_run(command, config_file, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 
 from unigist_jax.layout import GistLayout, document_starts
 from unigist_jax.model import LlamaConfig, RopeScaling, init_llama
+from unigist_jax.model.layers import head_product
 from unigist_jax.sharding import batch_sharding, make_mesh, tree_shardings
 
 LAYOUT = GistLayout(2, 3, 4)
@@ -115,3 +116,21 @@ def test_bad_sizes_are_named():
         model_with(attention_backend="flash")
     with pytest.raises(ValueError, match=r"15 raw tokens is not a multiple of ratio=2; pad it to 16"):
         model_with()(TOKENS[:, :15])
+
+
+def test_the_head_in_bfloat16_has_the_gradients_of_one_in_float32():
+    x, head, weights = (
+        jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(2, 6, 16), (16, 64), (2, 6, 64)])
+    )
+
+    def gradients(dtype, product):
+        def loss(x, head):
+            return jnp.sum(product(x, head) * weights)
+
+        return jax.grad(loss, (0, 1))(x.astype(dtype), head.astype(dtype))
+
+    want = gradients(jnp.float32, jnp.matmul)
+    for dtype, rtol in ((jnp.float32, 1e-5), (jnp.bfloat16, 1e-2)):
+        got = gradients(dtype, head_product)
+        assert all(x.dtype == dtype for x in got)
+        assert_trees_close(jax.tree.map(lambda x: x.astype(jnp.float32), got), want, rtol)

@@ -30,7 +30,7 @@ from unigist_jax.layout import GistLayout, assemble_segment, segment_positions, 
 from unigist_jax.model.attention import INPUTS, full_attention, placed_attention, sink_attention
 from unigist_jax.model.config import Attention, LlamaConfig
 from unigist_jax.model.gist_init import initial_embeddings
-from unigist_jax.model.layers import GATE, DecoderLayer, RMSNorm, Rotary, rotary
+from unigist_jax.model.layers import GATE, DecoderLayer, RMSNorm, Rotary, head_product, rotary
 from unigist_jax.model.summaries import summary_pass
 from unigist_jax.sharding import constrain
 
@@ -235,7 +235,7 @@ class Llama(nnx.Module):
         """Final norm and head: float32 logits."""
         x = self.norm(hidden)
         head = self.embedding[...].T if self.head is None else self.head[...]
-        return jnp.einsum("bte,ev->btv", x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+        return head_product(x, head.astype(x.dtype))
 
 
 def taken_layer(layers: DecoderLayer, index: Int[Array, ""] | None) -> DecoderLayer:

@@ -73,8 +73,10 @@ def distillation_losses(
 
 
 def _cross_entropy(logits: Float[Array, "B C V"], targets: Int[Array, "B C"]) -> Float[Array, "B C"]:
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - picked
+    is_target = (
+        jnp.arange(logits.shape[-1]) == targets[..., None]
+    )  # a gather's gradient would scatter into whole logits
+    return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
 
 
 def over_chunks(function: Callable[..., Any], arrays: tuple[Array, ...], chunk: int, shards: int = 1) -> Any:
