@@ -1,6 +1,7 @@
 """The invariant: one pass = any chunking = token-by-token decoding; and what the cache holds."""
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from unigist_jax.layout import GistLayout
 from unigist_jax.model import LlamaConfig, init_llama
 from unigist_jax.pages import rung
 
+prefill_module = importlib.import_module("unigist_jax.inference.prefill")
 VOCAB = 61
 CONFIG = LlamaConfig(
     VOCAB, 24, 40, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, rope_theta=100.0, dtype="float32"
@@ -217,6 +219,23 @@ def test_questions_behind_one_context_are_one_pass(method):
     answers = generate(model, questions, max_new_tokens=6, cache=cache, method=method).tokens
     for question, answer in zip(questions, answers, strict=True):
         assert answer == generate(model, [context + question], max_new_tokens=6, method=method).tokens[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2], ids=str)
+def test_a_long_question_is_read_in_chunks_from_the_middle_of_a_unit(layout, monkeypatch):
+    """From every phase of a unit; most questions end with that unit, one goes on beyond the window: as one pass."""
+    monkeypatch.setitem(prefill_module.CHUNK_RAWS, "cpu", 2 * layout.ratio * layout.ratio)
+    tokens, logits = one_pass(layout, 2 * units_past_window(layout))
+    model, begin = model_of(layout), layout.window + layout.ratio
+    contexts = [tokens[: begin + phase].tolist() for phase in range(layout.ratio)]
+    ends = np.array([begin + layout.ratio] * (layout.ratio - 1) + [len(tokens) - 2])
+    _, cache = prefill(model, contexts, capacity=len(tokens), chunk_size=layout.ratio)
+    questions = [tokens[len(context) : end].tolist() for context, end in zip(contexts, ends, strict=True)]
+    got, cache = append(METHODS["unigist"], model, cache, questions)
+    assert_same(got, logits[ends - 1])
+    for step in range(2):
+        got, cache = decode_step(model, cache, jnp.asarray(tokens[ends + step], jnp.int32))
+        assert_same(got, logits[ends + step])
 
 
 def test_a_sequence_that_has_stopped_is_frozen():

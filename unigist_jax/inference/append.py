@@ -3,8 +3,10 @@
 Axis legend
   B  batch      N  slots of the padded tokens      V  vocabulary
 
-Every cache is a frozen pytree with `length` [B], and decoding writes at index `length` only. So a sequence whose tokens
-are used up is frozen by keeping its `length`: what further steps write there is rewritten before anything sees it.
+Gist caches read them in chunks, as prefill does, where all sequences are in the same unit: many questions on one
+document. Otherwise they go token by token. Every cache is a frozen pytree with `length` [B], and decoding writes at
+index `length` only. So a sequence whose tokens are used up is frozen by keeping its `length`: what further steps write
+there is rewritten before anything sees it.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from unigist_jax.prompts import check_prompts, pad_prompts
 def append(
     method: Method, model: Llama, cache: Any, token_lists: Sequence[Sequence[int]]
 ) -> tuple[Float[Array, "B V"], Any]:
-    """Reads B token lists of any lengths, each behind its sequence, in one compiled loop of decoding steps.
+    """Reads B token lists of any lengths, each behind its sequence: in chunks where the method can, else step by step.
 
     Args:
       method: the method that filled the cache.
@@ -50,6 +52,8 @@ def append(
             "`cache.select(rows)` first"
         )
     check_room(held + counts, cache.capacity)
+    if method.extend is not None and len(set(held // cache.layout.ratio)) == 1:
+        return method.extend(model, cache, token_lists)
     slots = 1 << int(counts.max() - 1).bit_length()  # few sizes, each compiled once
     return _append(method, model, cache, jnp.asarray(pad_prompts(token_lists, slots)), jnp.asarray(counts))
 

@@ -22,22 +22,29 @@ from unigist_jax.model import Llama, LlamaConfig
 
 
 class Method(NamedTuple):
-    """`prefill(model, prompts, *, capacity, chunk_size, layout)` and `decode_logits(model, cache, tokens)`."""
+    """The functions of a method, each `-> (logits, cache)`.
+
+    Attributes:
+      prefill: `(model, prompts, *, capacity, chunk_size, layout)`.
+      decode_logits: `(model, cache, tokens)`.
+      extend: `(model, cache, token_lists)` as `prefill.extend`; None: further tokens are decoded one by one.
+    """
 
     prefill: Callable
     decode_logits: Callable
+    extend: Callable | None = None
 
 
 ROUNDED = {"unigist_int8": "int8", "unigist_fp8": "float8_e4m3fn"}  # what gists are stored in
 
 METHODS = {
-    "unigist": Method(prefill.prefill, decode.decode_logits),
+    "unigist": Method(prefill.prefill, decode.decode_logits, prefill.extend),
     **{
-        name: Method(partial(prefill.prefill, gist_dtype=dtype), decode.decode_logits)
+        name: Method(partial(prefill.prefill, gist_dtype=dtype), decode.decode_logits, prefill.extend)
         for name, dtype in ROUNDED.items()
     },
     "full": Method(full_attention.prefill, full_attention.decode_logits),
-    "activation_beacon": Method(activation_beacon.prefill, decode.decode_logits),
+    "activation_beacon": Method(activation_beacon.prefill, decode.decode_logits, prefill.extend),
     "autocompressors": Method(autocompressors.prefill, compressed.decode_logits),
     # for models of full attention
     "streaming_llm": Method(streaming_llm.prefill_in_place, compressed.decode_logits),

@@ -11,6 +11,9 @@ into the cache, its queries see the cache's gists, and the raws of the k units b
 
 A batch may hold prompts of different lengths. All run through the same chunks; a sequence that has ended keeps its ring
 as it was, and the gists that its padding writes are never seen: decoding rewrites slot n // r before it is visible.
+
+A filled cache reads on in chunks too (`extend`), from the middle of a unit: the first chunk begins with that unit, and
+the keys and values of those of its raws that were read before come out of the ring.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import GistKV
@@ -76,16 +80,42 @@ def prefill(
     chunk_size = default_chunk_size(layout, max(1, len(prompts))) if chunk_size is None else chunk_size
     check_chunk_size(chunk_size, layout)
     lengths = check_prompts(prompts, model.config.vocab_size, capacity)
-    longest = int(lengths.max())
-    cache = GistCache.create(model, len(prompts), capacity or longest, layout, gist_dtype)
-    lengths = jnp.asarray(lengths)
-    ends = jnp.zeros((len(prompts), model.config.hidden_size), model.config.dtype)
-    chunks = chunk_lengths(longest, chunk_size, cache.capacity, layout)
-    tokens = pad_prompts(prompts, sum(chunks))
+    cache = GistCache.create(model, len(prompts), capacity or int(lengths.max()), layout, gist_dtype)
+    return _read(model, cache, prompts, 0, chunk_size, progress)
+
+
+def extend(
+    model: Llama, cache: GistCache, token_lists: Sequence[Sequence[int]]
+) -> tuple[Float[Array, "B V"], GistCache]:
+    """Reads further tokens, each list behind its sequence, in chunks.
+
+    Args:
+      model: the model that filled the cache.
+      cache: holds B sequences that are all in the same unit, with room for the tokens; donated, layer by layer.
+      token_lists: at least one token for each.
+
+    Returns:
+      float32 logits after each list's last token, and the cache.
+    """
+    held, layout = np.asarray(cache.length), cache.layout
+    first_unit = int(held[0]) // layout.ratio
+    begun = held - first_unit * layout.ratio  # raws of that unit: any ids do, the ring has their keys and values
+    texts = [[0] * count + list(tokens) for count, tokens in zip(begun, token_lists, strict=True)]
+    return _read(model, cache, texts, first_unit, default_chunk_size(layout, len(texts)))
+
+
+def _read(model, cache, texts, first_unit: int, chunk_size: int, progress=None):
+    """Texts that begin at unit `first_unit`, chunk by chunk: logits behind each, and the cache."""
+    layout = cache.layout
+    first, counts = first_unit * layout.ratio, np.array([len(text) for text in texts], np.int32)
+    longest, lengths = int(counts.max()), jnp.asarray(first + counts)
+    ends = jnp.zeros((len(texts), model.config.hidden_size), model.config.dtype)
+    chunks = chunk_lengths(longest, chunk_size, cache.capacity - first, layout)
+    tokens = pad_prompts(texts, sum(chunks))
     for start, size in zip(itertools.accumulate(chunks, initial=0), chunks, strict=False):
         chunk = jnp.asarray(tokens[:, start : start + size])
-        hidden, cache = prefill_chunk(model, cache, chunk, jnp.int32(start // layout.ratio), lengths)
-        ends = _take_ends(ends, hidden, lengths - 1 - start)
+        hidden, cache = prefill_chunk(model, cache, chunk, jnp.int32(first_unit + start // layout.ratio), lengths)
+        ends = _take_ends(ends, hidden, lengths - 1 - first - start)
         if progress is not None:
             progress(min(start + size, longest))
     return _logits(model, ends), cache
@@ -98,14 +128,14 @@ def prefill_chunk(
     first_unit: Int32[Array, ""],
     lengths: Int32[Array, " B"],
 ) -> tuple[Float[Array, "B C E"], GistCache]:
-    """Reads one chunk of whole units that begins at unit `first_unit`.
+    """Reads one chunk of whole units that begins at unit `first_unit`, the one in progress of every sequence.
 
     One layer is compiled and called for each: that takes L times less to compile than the whole model, and no call is
     so short that launching it would show.
 
     Args:
       cache: holds everything before the chunk; donated, layer by layer.
-      tokens: the chunk's raws; those at or after a sequence's length are padding.
+      tokens: the chunk's raws; those at or after a sequence's length are padding, those that it holds already ignored.
       lengths: raws of each whole prompt.
 
     Returns:
@@ -148,7 +178,10 @@ def _layer(layers, index, x, angles, sinks: SinkKV, held: LayerKV, at: _Chunk, l
     def attend(q, k, v):
         gist_k, all_gist_k = write_chunk(held.gist_k, k[:, num_raws:], at.first_unit, *units)
         gist_v, all_gist_v = write_chunk(held.gist_v, v[:, num_raws:], at.first_unit, *units)
-        raw_k, raw_v = k[:, :num_raws], v[:, :num_raws]
+        raw_k, raw_v = (
+            _with_held(new[:, :num_raws], old, first_raw, at.before, layout.ratio)
+            for new, old in ((k, held.raw_k), (v, held.raw_v))
+        )
         window_k, window_v = (
             jnp.concatenate([old[:, window], new], axis=1) for old, new in ((held.raw_k, raw_k), (held.raw_v, raw_v))
         )
@@ -171,6 +204,13 @@ def _take_ends(ends, hidden, index):
     inside = (index >= 0) & (index < hidden.shape[1])
     taken = hidden[jnp.arange(hidden.shape[0]), jnp.clip(index, 0, hidden.shape[1] - 1)]
     return jnp.where(inside[:, None], taken, ends)
+
+
+def _with_held(raws, ring, first_raw, before, ratio: int):
+    """A chunk's raws [B, C, Hkv, D], those of its first unit that come before `before` [B] out of the ring."""
+    index = first_raw + jnp.arange(ratio)
+    held = index < before[:, None]
+    return raws.at[:, :ratio].set(jnp.where(held[..., None, None], ring[:, index % ring.shape[1]], raws[:, :ratio]))
 
 
 def _into_ring(ring, raws, first_raw, newest):
