@@ -10,6 +10,7 @@ from launch.markdown import Report, table
 PARTS = ("forward", "both")  # both: forward + backward
 NAMES = {"cudnn": "cuDNN causal", "folded": "folded cuDNN", "flex": "FlexAttention"}
 SHAPE = ("query", "kv", "dim")
+NO_CASE = {"what", "reason", "seconds", "compile_seconds", *SHAPE}  # what does not tell cases apart
 
 
 def pair(row: dict | None, form: str, names: tuple[str, str] = PARTS) -> str:
@@ -101,7 +102,7 @@ def missing_lines(result: dict) -> Iterator[str]:
     for kind in ("attention", "decode", "documents"):
         for row in result.get(kind, []):
             if "reason" in row:
-                case = ", ".join(f"{k} {v}" for k, v in row.items() if k not in ("what", "reason", "seconds", *SHAPE))
+                case = ", ".join(f"{k} {v}" for k, v in row.items() if k not in NO_CASE)
                 heads = "x".join(str(row[x]) for x in SHAPE if x in row)
                 reasons.setdefault(row["reason"], []).append(
                     f"{row['what']} ({case}{', heads ' + heads if heads else ''})"

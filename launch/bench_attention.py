@@ -10,14 +10,18 @@ gists alone) and PyTorch's FlexAttention with the gist-shifted block mask (launc
 counting bytes read and written, and a bf16 matrix product. Times are medians of `--repeats` samples after warm-up
 (launch/timing.py). Correctness is the business of tests/test_kernels.py.
 
-The JSON grows with every measurement. What fails, or no longer fits `--budget`, is recorded with its reason. Contexts
-above 128K cost as much as all the others, so they come last.
+All cases compile first, several at a time; then they are timed, and nothing else runs. The JSON grows with every
+measurement. What fails, or no longer fits `--budget`, is recorded with its reason. Contexts above 128K cost as much as
+all the others, so they come last.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
+import functools
 import importlib.metadata
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -30,9 +34,9 @@ from absl import flags
 
 from launch import attention_report, peers
 from launch.flags import run_main
-from launch.timing import ceilings, milliseconds, normal, with_backward
+from launch.timing import Contender, bf16, ceilings, contender, milliseconds, normals
 from pallas_kernels.backends import BACKENDS, choose, usable_backends
-from pallas_kernels.decode_attention import padded_slots
+from pallas_kernels.decode_attention import decode_attention, padded_slots
 from pallas_kernels.gist_attention import GistKV
 from unigist_jax.layout import GistLayout, unit_starts
 
@@ -56,7 +60,10 @@ SHAPE_LENGTHS = flags.DEFINE_list("shape_lengths", ["32768", "131072"], "raw tok
 DECODE = flags.DEFINE_list("decode_batches", ["1", "16"], "batch sizes of the decoding step; empty for none")
 DECODE_CONTEXT = flags.DEFINE_integer("decode_context", 131072, "raws of context of the decoding step")
 DOCUMENTS = flags.DEFINE_integer("documents", 16, "packed documents in a 128K row at the first ratio; 0 for none")
-BUDGET = flags.DEFINE_integer("budget", 0, "seconds after which no further measurement begins; 0 for no limit")
+BUDGET = flags.DEFINE_integer(
+    "budget", 0, "seconds after which no further measurement begins (compiling counts); 0 for no limit"
+)
+COMPILE_THREADS = flags.DEFINE_integer("compile_threads", 6, "cases that compile at a time", lower_bound=1)
 OUT = flags.DEFINE_string("out", "", "directory for the raw JSON, the tables and the plot")
 RENDER = flags.DEFINE_string("render", "", "raw JSON of an earlier run: print its tables and plot it beside, no timing")
 INTO = flags.DEFINE_string("into", "", "with --render, a Markdown file to put the tables into, between its two marks")
@@ -65,11 +72,14 @@ LONG = 131072  # the row of the packed documents; longer contexts come last
 
 
 class Job(NamedTuple):
-    """One measurement: where it goes in the JSON, what tells it from the others there, and how to take it."""
+    """One measurement: where it goes in the JSON, what tells it from the others there, and how to take it.
+
+    prepare: compiles what is to be timed, running nothing, and returns the function that takes the measurement.
+    """
 
     kind: str
     key: dict
-    measure: Callable[[], dict]
+    prepare: Callable[[], Callable[[], dict]]
 
 
 def heads() -> peers.Heads:
@@ -90,13 +100,12 @@ def layout_of(ratio: int) -> GistLayout:
     return GistLayout(ratio, SINKS.value, WINDOW.value)
 
 
-def inputs(layout: GistLayout, num_units: int, shape: peers.Heads) -> tuple[jax.Array, GistKV, jax.Array]:
-    """Queries, keys and values of a segment of one sequence, and a cotangent."""
-    kv_shape, raws = (shape.kv, shape.dim), num_units * layout.ratio
-    q_shape = (1, num_units + raws, shape.query, shape.dim)
+def types(layout: GistLayout, num_units: int, shape: peers.Heads) -> tuple[jax.ShapeDtypeStruct, GistKV]:
+    """Those of the queries, and the keys and values, of a segment of one sequence."""
+    raws = num_units * layout.ratio
     lengths = ((layout.num_sinks,), (1, num_units), (1, raws))
-    kv = GistKV(*(normal(2 * i + j, *length, *kv_shape) for i, length in enumerate(lengths) for j in (0, 1)))
-    return normal(7, *q_shape), kv, normal(8, *q_shape)
+    kv = GistKV(*(bf16(*length, shape.kv, shape.dim) for length in lengths for _ in (0, 1)))
+    return bf16(1, num_units + raws, shape.query, shape.dim), kv
 
 
 def attend(backend: str, layout: GistLayout, num_units: int, doc_start=None) -> Callable:
@@ -118,64 +127,68 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:120]
 
 
-def time_backend(backend: str, layout: GistLayout, units: int, shape: peers.Heads, matmul: float, doc_start=None):
-    """Milliseconds of a backend, and its shares of the matrix rate where the row is one document."""
-    q, kv, cotangent = inputs(layout, units, shape)
-    forward, both = with_backward(attend(backend, layout, units, doc_start))
-    row = {
-        "forward": milliseconds(forward, q, kv, repeats=REPEATS.value),
-        "both": milliseconds(both, q, kv, cotangent, repeats=REPEATS.value),
-    }
-    if doc_start is None:
-        flops = exact_flops(layout, units, shape)
-        row["share_forward"] = flops / row["forward"] / 1e9 / matmul
-        row["share_both"] = 3.5 * flops / row["both"] / 1e9 / matmul
-    return row
+def backend_job(backend: str, layout: GistLayout, units: int, shape: peers.Heads, matmul: float, doc_start=None):
+    """Prepares a backend: its milliseconds, and its shares of the matrix rate where the row is one document."""
+    programs = contender(attend(backend, layout, units, doc_start), *types(layout, units, shape))
+
+    def measure() -> dict:
+        row = programs.times(REPEATS.value)
+        if doc_start is None:
+            flops = exact_flops(layout, units, shape)
+            row["share_forward"] = flops / row["forward"] / 1e9 / matmul
+            row["share_both"] = 3.5 * flops / row["both"] / 1e9 / matmul
+        return row
+
+    return measure
 
 
-def time_decode(batch: int, backend: str, copy_tb_s: float) -> dict:
-    """One decoding step: microseconds with all that the op does, and the cache's bytes over the copy's rate."""
-    layout = layout_of(4)
+def decode_job(batch: int, backend: str, copy_tb_s: float) -> Callable[[], dict]:
+    """Prepares a decoding step: microseconds with all that the op does, and the cache's bytes over the copy's rate."""
+    layout, shape = layout_of(4), (KV_HEADS.value, DIM.value)
     gists, ring = (padded_slots(n) for n in (DECODE_CONTEXT.value // layout.ratio, layout.window + layout.ratio))
+    lengths = ((layout.num_sinks,), (batch, gists), (batch, ring))
+    kv = GistKV(*(bf16(*length, *shape) for length in lengths for _ in (0, 1)))
     sets = 6 if batch == 1 else 1  # enough that no cache stays in L2
-    caches = []
-    for i in range(sets):
-        lengths = ((layout.num_sinks,), (batch, gists), (batch, ring))
-        kv = (normal(10 * i + j, *shape, KV_HEADS.value, DIM.value) for j, shape in enumerate(lengths) for _ in (0, 1))
-        caches.append((normal(10 * i + 9, batch, 2, HEADS.value, DIM.value), GistKV(*kv)))
+    steps = [(bf16(batch, 2, HEADS.value, DIM.value), kv)] * sets
     raw_index = jnp.full((batch,), DECODE_CONTEXT.value - 1, jnp.int32)
-    module = choose(backend, *caches[0], layout, decode=True)[1]
-    step = jax.jit(lambda caches: [module.decode(q, kv, layout, raw_index) for q, kv in caches])
-    ms = milliseconds(step, caches, repeats=REPEATS.value) / sets
-    tb_s = sum(x.nbytes for x in caches[0][1]) / ms / 1e9
-    return {"us": ms * 1e3, "tb_s": tb_s, "share_of_copy": tb_s / copy_tb_s}
+    decode = jax.jit(lambda steps: [decode_attention(q, kv, layout, raw_index, backend) for q, kv in steps])
+    program, inputs = decode.lower(steps).compile(), normals(steps)
+
+    def measure() -> dict:
+        ms = milliseconds(program, inputs(), repeats=REPEATS.value) / sets
+        tb_s = sum(2 * math.prod(x.shape) for x in kv) / ms / 1e9
+        return {"us": ms * 1e3, "tb_s": tb_s, "share_of_copy": tb_s / copy_tb_s}
+
+    return measure
 
 
-def times(pair: tuple[float, float]) -> dict:
-    """A peer's times as a row."""
-    return {"forward": pair[0], "both": pair[1]}
+def peer_job(programs: Callable[..., Contender], *args) -> Callable[[], dict]:
+    """Prepares one of jax's peers."""
+    return functools.partial(programs(*args).times, REPEATS.value)
+
+
+def flex_job(*args) -> Callable[[], dict]:
+    """FlexAttention, which compiles when it first runs."""
+    return functools.partial(peers.flex_times, *args, REPEATS.value)
 
 
 def attention_jobs(length: int, ratios: list[int], shape: peers.Heads, backends, matmul: float) -> Iterator[Job]:
     """cuDNN and the backends on one sequence of `length` raws."""
     key = {"length": length} | shape._asdict()
     if "cudnn" in PEERS.value:
-        yield Job("attention", {"what": "cudnn"} | key, lambda: times(peers.cudnn_times(length, shape, REPEATS.value)))
+        yield Job("attention", {"what": "cudnn"} | key, functools.partial(peer_job, peers.cudnn, length, shape))
     for ratio in ratios:
-        case, layout = key | {"ratio": ratio}, layout_of(ratio)
-        units = length // ratio
         for backend in backends:
-            run = (time_backend, backend, layout, units, shape, matmul)
-            yield Job("attention", {"what": backend} | case, lambda run=run: run[0](*run[1:]))
+            prepare = functools.partial(backend_job, backend, layout_of(ratio), length // ratio, shape, matmul)
+            yield Job("attention", {"what": backend} | key | {"ratio": ratio}, prepare)
 
 
-def rival_jobs(what: str, measure: Callable, lengths: list[int], ratios: list[int]) -> Iterator[Job]:
-    """Folded cuDNN or FlexAttention."""
-    for length in lengths if what in PEERS.value else ():
+def rival_jobs(what: str, prepare: Callable, lengths: list[int], ratios: list[int]) -> Iterator[Job]:
+    """Folded cuDNN or FlexAttention, the longest first."""
+    for length in sorted(lengths, reverse=True) if what in PEERS.value else ():
         for ratio in ratios:
-            run = (measure, layout_of(ratio), length // ratio, heads(), REPEATS.value)
             key = {"what": what, "length": length, "ratio": ratio} | heads()._asdict()
-            yield Job("attention", key, lambda run=run: times(run[0](*run[1:])))
+            yield Job("attention", key, functools.partial(prepare, layout_of(ratio), length // ratio, heads()))
 
 
 def document_jobs(ratio: int, backend: str, matmul: float) -> Iterator[Job]:
@@ -184,9 +197,8 @@ def document_jobs(ratio: int, backend: str, matmul: float) -> Iterator[Job]:
     size = units // DOCUMENTS.value
     for documents in (1, DOCUMENTS.value):
         packed = (jnp.arange(units, dtype=jnp.int32) // size * size)[None] if documents > 1 else None
-        run = (time_backend, backend, layout, units, heads(), matmul, packed)
         key = {"what": backend, "length": LONG, "ratio": ratio, "documents": documents}
-        yield Job("documents", key, lambda run=run: run[0](*run[1:]))
+        yield Job("documents", key, functools.partial(backend_job, backend, layout, units, heads(), matmul, packed))
 
 
 def all_jobs(backends: list[str], limits: dict) -> list[Job]:
@@ -197,18 +209,47 @@ def all_jobs(backends: list[str], limits: dict) -> list[Job]:
     matmul, jobs = limits["matmul_tflop_s"], []
     for batch in map(int, DECODE.value):
         for backend in backends:
-            run = (time_decode, batch, backend, limits["copy_tb_s"])
-            jobs.append(Job("decode", {"what": backend, "batch": batch}, lambda run=run: run[0](*run[1:])))
+            prepare = functools.partial(decode_job, batch, backend, limits["copy_tb_s"])
+            jobs.append(Job("decode", {"what": backend, "batch": batch}, prepare))
     for length in lengths:
         jobs += attention_jobs(length, ratios, heads(), backends, matmul)
     if DOCUMENTS.value:
         jobs += document_jobs(ratios[0], backends[0], matmul)
-    jobs += rival_jobs("folded", peers.folded_times, lengths, ratios)
-    jobs += rival_jobs("flex", peers.flex_times, flex_lengths, ratios)
+    jobs += rival_jobs("flex", flex_job, flex_lengths, ratios)
+    jobs += rival_jobs("folded", functools.partial(peer_job, peers.folded), lengths, ratios)
     for shape in map(shape_of, SHAPES.value):
         for length in shape_lengths:
             jobs += attention_jobs(length, ratios, shape, backends, matmul)
     return sorted(jobs, key=lambda job: job.key.get("length", 0) > LONG)
+
+
+def attempt(action: Callable) -> tuple[object, float]:
+    """What an action returns, or {"reason": its error}, since one that breaks must not take others with it; seconds."""
+    start = time.perf_counter()
+    try:
+        result = action()
+    except Exception as error:
+        result = {"reason": first_line(error)}
+    return result, round(time.perf_counter() - start, 1)
+
+
+def measured(jobs: list[Job], threads: int, budget: float) -> Iterator[tuple[str, dict]]:
+    """Compiles all jobs in `threads` threads, then takes one measurement after another: their kinds and rows.
+
+    Nothing compiles while anything is timed. No measurement begins later than `budget` seconds (0: no limit) from now.
+    """
+    begin = time.perf_counter()
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        prepared = list(pool.map(lambda job: attempt(job.prepare), jobs))
+    print(f"compiled {len(jobs)} cases in {time.perf_counter() - begin:.0f} s", flush=True)
+    for job, (measure, compiling) in zip(jobs, prepared, strict=True):
+        row, timing = measure, 0.0
+        if callable(measure):
+            if budget and time.perf_counter() - begin > budget:
+                row = {"reason": f"not begun within {budget:g} s"}
+            else:
+                row, timing = attempt(measure)
+        yield job.kind, job.key | row | {"compile_seconds": compiling, "seconds": timing}
 
 
 def versions() -> dict[str, str]:
@@ -242,7 +283,6 @@ def main(_: list[str]) -> None:
         return
     if jax.default_backend() != "gpu":
         raise ValueError(f"this benchmark times GPU kernels; this is {jax.devices()[0].device_kind}")
-    begin = time.perf_counter()
     backends = checked_backends()
     out = Path(OUT.value) if OUT.value else None
     if out:
@@ -257,18 +297,9 @@ def main(_: list[str]) -> None:
         "ceilings": ceilings(REPEATS.value),
     }
     print(result, flush=True)
-    for job in all_jobs(backends, result["ceilings"]):
-        start = time.perf_counter()
-        if BUDGET.value and start - begin > BUDGET.value:
-            row = {"reason": f"not begun within {BUDGET.value} s"}
-        else:
-            try:
-                row = job.measure()
-            except Exception as error:  # one that breaks must not take the others with it
-                row = {"reason": first_line(error)}
-        row = job.key | row | {"seconds": round(time.perf_counter() - start, 1)}
-        result.setdefault(job.kind, []).append(row)
-        print(job.kind, *(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
+    for kind, row in measured(all_jobs(backends, result["ceilings"]), COMPILE_THREADS.value, BUDGET.value):
+        result.setdefault(kind, []).append(row)
+        print(kind, *(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
         if out:
             (out / "bench_attention.json").write_text(json.dumps(result, indent=1) + "\n")
     print(attention_report.tables(result))

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import jax
 
-from launch.timing import WINDOW_SECONDS, milliseconds, normal, with_backward
+from launch.timing import WINDOW_SECONDS, Contender, bf16, contender
 from unigist_jax.layout import GistLayout
 
 
@@ -25,23 +25,20 @@ class Heads(NamedTuple):
     dim: int
 
 
-def cudnn_times(length: int, heads: Heads, repeats: int = 10) -> tuple[float, float]:
-    """jax's cuDNN causal attention on one bf16 sequence of `length` raws: forward, forward + backward in ms."""
+def cudnn(length: int, heads: Heads) -> Contender:
+    """jax's cuDNN causal attention on one bf16 sequence of `length` raws, compiled."""
     attend = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
-    q, cotangent = (normal(i, 1, length, heads.query, heads.dim) for i in (0, 1))
-    k, v = (normal(i, 1, length, heads.kv, heads.dim) for i in (2, 3))
-    forward, both = with_backward(attend)
-    return milliseconds(forward, q, k, v, repeats=repeats), milliseconds(both, q, k, v, cotangent, repeats=repeats)
+    keys = bf16(1, length, heads.kv, heads.dim)
+    return contender(attend, bf16(1, length, heads.query, heads.dim), keys, keys)
 
 
-def folded_times(layout: GistLayout, num_units: int, heads: Heads, repeats: int = 10) -> tuple[float, float]:
-    """The same op on sinks and gists alone, in ms: most of gist attention's work, without the local window.
+def folded(layout: GistLayout, num_units: int, heads: Heads) -> Contender:
+    """The same op on sinks and gists alone: most of gist attention's work, without the local window.
 
     The r raws of a unit, its gist and the query heads of a KV head are its heads; s - 1 rows in front and one behind
     make the unit-level mask causal.
     """
-    folded = heads._replace(query=(layout.ratio + 1) * heads.query)
-    return cudnn_times(layout.num_sinks + num_units, folded, repeats)
+    return cudnn(layout.num_sinks + num_units, heads._replace(query=(layout.ratio + 1) * heads.query))
 
 
 def gist_mask(layout: GistLayout, num_units: int):
@@ -74,7 +71,7 @@ def flex_obstacle() -> str | None:
     return None if torch.cuda.is_available() else "torch finds no CUDA device"
 
 
-def flex_times(layout: GistLayout, num_units: int, heads: Heads, repeats: int = 10) -> tuple[float, float]:
+def flex_times(layout: GistLayout, num_units: int, heads: Heads, repeats: int = 10) -> dict[str, float]:
     """Median milliseconds of compiled FlexAttention on one bf16 sequence: forward, and forward + backward.
 
     The block mask is built once, beforehand, and not timed.
@@ -108,7 +105,7 @@ def flex_times(layout: GistLayout, num_units: int, heads: Heads, repeats: int = 
     def both():
         torch.autograd.grad(attend(*leaves), leaves, cotangent)
 
-    return forward, _torch_milliseconds(both, repeats)
+    return {"forward": forward, "both": _torch_milliseconds(both, repeats)}
 
 
 def _torch_milliseconds(run, repeats: int) -> float:

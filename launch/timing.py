@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,21 +20,23 @@ def milliseconds(fn: Callable, *args, repeats: int = 10) -> float:
     Each of the `repeats` samples enqueues calls for at least `WINDOW_SECONDS` and waits for the last: the device works
     without a pause, and at the clock that it can hold. A call that takes longer than that is a sample by itself.
     """
-    jax.block_until_ready(fn(*args))
-    begin = time.perf_counter()
-    jax.block_until_ready(fn(*args))
-    calls = max(1, round(WINDOW_SECONDS / (time.perf_counter() - begin)))
 
-    def sample() -> float:
+    def sample(calls: int) -> float:
         begin = time.perf_counter()
         for _ in range(calls):
             result = fn(*args)
         jax.block_until_ready(result)
         return (time.perf_counter() - begin) / calls
 
-    if calls > 1:
-        sample()
-    return statistics.median(sample() for _ in range(repeats)) * 1e3
+    jax.block_until_ready(fn(*args))
+    one = sample(1)
+    calls = max(1, round(WINDOW_SECONDS / one))
+    if calls == 1:
+        samples = [one, *(sample(1) for _ in range(repeats - 1))]
+    else:
+        sample(calls)
+        samples = [sample(calls) for _ in range(repeats)]
+    return statistics.median(samples) * 1e3
 
 
 def with_backward(attend: Callable) -> tuple[Callable, Callable]:
@@ -40,9 +44,44 @@ def with_backward(attend: Callable) -> tuple[Callable, Callable]:
     return jax.jit(attend), jax.jit(lambda *args: jax.vjp(attend, *args[:-1])[1](args[-1]))
 
 
-def normal(seed: int, *shape: int) -> jax.Array:
-    """Standard normal bf16 data."""
-    return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+def bf16(*shape: int) -> jax.ShapeDtypeStruct:
+    """The type of a bf16 array."""
+    return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+
+def normals(types) -> Callable[[], tuple]:
+    """One compiled program that draws standard normal arrays of the given types, a tree."""
+    leaves, tree = jax.tree.flatten(types)
+
+    def draw(key):
+        keys = jax.random.split(key, len(leaves))
+        return tree.unflatten([jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)])
+
+    key = jax.random.key(0)  # an argument: XLA would fold constants
+    return functools.partial(jax.jit(draw).lower(key).compile(), key)
+
+
+class Contender(NamedTuple):
+    """Compiled programs of an attention: its inputs with a cotangent of its output, forward, forward + backward."""
+
+    inputs: Callable[[], tuple]
+    forward: Callable
+    both: Callable
+
+    def times(self, repeats: int) -> dict[str, float]:
+        """Milliseconds of both programs."""
+        *given, cotangent = self.inputs()
+        return {
+            "forward": milliseconds(self.forward, *given, repeats=repeats),
+            "both": milliseconds(self.both, *given, cotangent, repeats=repeats),
+        }
+
+
+def contender(attend: Callable, *types) -> Contender:
+    """Compiles an attention for arguments of the given types (trees); nothing runs."""
+    types = *types, jax.eval_shape(attend, *types)
+    forward, both = with_backward(attend)
+    return Contender(normals(types), forward.lower(*types[:-1]).compile(), both.lower(*types).compile())
 
 
 def ceilings(repeats: int = 10) -> dict[str, float]:
@@ -50,6 +89,6 @@ def ceilings(repeats: int = 10) -> dict[str, float]:
     x = jax.random.normal(jax.random.key(0), (2**30,), jnp.float32)
     bandwidth = 2 * x.nbytes / milliseconds(jax.jit(jnp.copy), x, repeats=repeats) / 1e9
     del x
-    a, b = normal(0, 8192, 8192), normal(1, 8192, 8192)
+    a, b = normals((bf16(8192, 8192),) * 2)()
     rate = 2 * 8192**3 / milliseconds(jax.jit(jnp.matmul), a, b, repeats=repeats) / 1e9
     return {"copy_tb_s": bandwidth, "matmul_tflop_s": rate}

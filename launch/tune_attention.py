@@ -20,9 +20,10 @@ from absl import flags
 
 from launch import bench_attention as bench
 from launch.flags import run_main
-from launch.timing import milliseconds, with_backward
+from launch.timing import milliseconds, normals, with_backward
 from pallas_kernels.backends import BACKENDS, usable_backends
-from unigist_jax.layout import unit_starts
+from pallas_kernels.gist_attention import GistKV
+from unigist_jax.layout import GistLayout, unit_starts
 
 BACKEND = flags.DEFINE_enum("backend", "hopper", ["hopper", "triton"], "whose blocks")
 KERNELS = flags.DEFINE_list("kernels", None, "which of the backend's kernels (default: all)")
@@ -66,13 +67,19 @@ def timed(row: dict, run, arguments) -> dict:
         return row | {"error": bench.first_line(error)}
 
 
+def inputs(layout: GistLayout, num_units: int) -> tuple[jax.Array, GistKV, jax.Array]:
+    """Queries, keys and values of a segment of one sequence, and a cotangent."""
+    q, kv = bench.types(layout, num_units, bench.heads())
+    return normals((q, kv, q))()
+
+
 def tune_hopper(length: int, ratio: int) -> Iterator[dict]:
     """Forward alone, and forward with backward, for each candidate."""
     from pallas_kernels import hopper
     from pallas_kernels.hopper.blocks import BackwardBlocks, ForwardBlocks
 
     layout, units = bench.layout_of(ratio), length // ratio
-    q, kv, cotangent = bench.inputs(layout, units, bench.heads())
+    q, kv, cotangent = inputs(layout, units)
     starts = unit_starts(layout, units, jnp.int32(0))
     for name in kernels(HOPPER):
         for fields in HOPPER[name]:
@@ -93,7 +100,7 @@ def tune_triton(length: int, ratio: int) -> Iterator[dict]:
     from pallas_kernels.triton.call import capability
 
     layout, units = bench.layout_of(ratio), length // ratio
-    q, kv, d_out = bench.inputs(layout, units, bench.heads())
+    q, kv, d_out = inputs(layout, units)
     starts = jax.tree.map(jnp.atleast_2d, unit_starts(layout, units, jnp.int32(0)))
     table, place = kernel_blocks(capability(), bench.DIM.value), jnp.zeros(2, jnp.int32)
     out, lse = jax.jit(functools.partial(op.forward, layout, table.forward))(q, kv, starts, place)
