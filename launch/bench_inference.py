@@ -48,9 +48,10 @@ _SUITES = flags.DEFINE_list("suites", list(SUITES), f"which of {', '.join(SUITES
 _SYSTEMS = flags.DEFINE_list("systems", ["unigist4", "unigist8", "full", "transformers"], "what to measure")
 _CONTEXTS = flags.DEFINE_list("contexts", ["65536", "131072", "32768", "16384"], "tokens of a prompt, in this order")
 _BATCH = flags.DEFINE_integer("batch", 1, "latency: sequences", lower_bound=1)
+_TENSOR = flags.DEFINE_integer("tensor", 1, "latency: devices that share a model", lower_bound=1)
 _MEMORY_GIB = flags.DEFINE_float("memory_gib", None, "latency: GiB that the process may use of the device")
 _NEW_TOKENS = flags.DEFINE_integer("new_tokens", 128, "tokens generated", lower_bound=2)
-_ROUNDS = flags.DEFINE_integer("rounds", 2, "timed rounds of a case, of which the median counts", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "timed rounds of a case, of which the median counts", lower_bound=1)
 _CHUNK_SIZES = flags.DEFINE_list("chunk_sizes", ["4096", "8192", "16384", "32768"], "chunks: raws of a prefill chunk")
 _LIMIT_GIB = flags.DEFINE_float(
     "limit_gib", 40.0, "limit: GiB that the process may use of the device", lower_bound=1e-3
@@ -106,7 +107,7 @@ def cases() -> Iterator[Case]:
         if suite == "latency":
             for context in contexts:
                 for system, ratio in systems:
-                    latency = {"batch": _BATCH.value, "memory_gib": _MEMORY_GIB.value}
+                    latency = {"batch": _BATCH.value, "memory_gib": _MEMORY_GIB.value, "tensor": _TENSOR.value}
                     yield Case(system, "latency", ratio, context=context, **latency, **common)
         elif suite == "batch":
             for system, ratio in ours:

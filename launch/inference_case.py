@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -49,6 +50,7 @@ class Case:
       chunk_sizes: raws of a prefill chunk, tried in turn by "chunks"; others take the first; empty: the default.
       rounds: timed rounds; the median is kept.
       memory_gib: what the process may use of the device's memory; None: nearly all.
+      tensor: devices that share the heads and columns of each layer; bytes are then those of one of them.
     """
 
     system: str
@@ -59,15 +61,17 @@ class Case:
     batch: int = 1
     new_tokens: int = 128
     chunk_sizes: tuple[int, ...] = ()
-    rounds: int = 2
+    rounds: int = 3
     memory_gib: float | None = None
+    tensor: int = 1
 
     @property
     def name(self) -> str:
         """What tells it from others."""
         system = f"{self.system}-r{self.ratio}" if self.ratio else self.system
         within = f"-{self.memory_gib:g}gib" if self.memory_gib else ""
-        return f"{system}-{self.kind}-{self.context}-b{self.batch or 'max'}{within}"
+        devices = f"-{self.tensor}devices" if self.tensor > 1 else ""
+        return f"{system}-{self.kind}-{self.context}-b{self.batch or 'max'}{within}{devices}"
 
     @property
     def config(self) -> LlamaConfig:
@@ -77,6 +81,13 @@ class Case:
 
 def measure(case: Case) -> dict[str, Any]:
     """A case of this project's own methods."""
+    from launch.flags import tensor_mesh
+
+    with tensor_mesh(case.tensor) as mesh:
+        return _measure(case, mesh)
+
+
+def _measure(case: Case, mesh) -> dict[str, Any]:
     import jax
 
     from unigist_jax.inference.methods import METHODS
@@ -87,15 +98,18 @@ def measure(case: Case) -> dict[str, Any]:
     result = {"device": device.device_kind, "jax": jax.__version__}
     result["copy_bytes_s"] = copy_bandwidth(2**20 if case.shape == "tiny" else 2**30)
     start = time.perf_counter()
-    model = jax.block_until_ready(random_model(case.config, layout))
+    model = jax.block_until_ready(random_model(case.config, layout, mesh))
     result["weights_s"] = time.perf_counter() - start
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
-    looked_up = 0 if case.config.tie_embeddings else model.embedding.nbytes  # a table of which a step reads rows
+    weights = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(model))
+    table = model.embedding[...].addressable_shards[0].data.nbytes  # of which a step reads rows, unless it is the head
+    looked_up = 0 if case.config.tie_embeddings else table
     result["weights_bytes"] = weights
     chunk = case.chunk_sizes[0] if case.chunk_sizes else default_chunk_size(layout, max(1, case.batch))
     kinds = {"latency": _latency, "chunks": _chunks, "decode": _decode, "limit": _decode}
     result |= kinds[case.kind](case, model, METHODS[case.system], chunk)
-    result["step_bytes"] = weights - looked_up + read_of_cache(case, layout, result.get("batch", case.batch))
+    result["cache_bytes"] //= case.tensor
+    read = read_of_cache(case, layout, result.get("batch", case.batch)) // case.tensor
+    result["step_bytes"] = weights - looked_up + read
     stats = device.memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         peak = stats["peak_bytes_in_use"]
@@ -119,8 +133,9 @@ def read_of_cache(case: Case, layout, batch: int) -> int:
 
 
 def device_memory() -> tuple[int, int]:
-    """Bytes of the first GPU that are used, by whatever, and that there are, as the driver tells."""
+    """Bytes of the first visible GPU that are used, by whatever, and that there are, as the driver tells."""
     query = ["nvidia-smi", "--query-gpu=memory.used,memory.total", "--format=csv,noheader,nounits"]
+    query += [f"--id={os.environ.get('CUDA_VISIBLE_DEVICES', '0').split(',')[0]}"]
     first = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
     used, total = (int(x) * 2**20 for x in first.split(","))
     return used, total
@@ -137,23 +152,32 @@ def copy_bandwidth(num_bytes: int) -> float:
     return 2 * x.nbytes / milliseconds(jax.jit(jnp.copy), x, repeats=5) * 1e3
 
 
-def random_model(config: LlamaConfig, layout):
+def random_model(config: LlamaConfig, layout, mesh=None):
     """A model for inference, its layers apart, drawn array by array: no second copy exists at any time."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
+    from jax.sharding import NamedSharding, PartitionSpec
 
+    from unigist_jax.inference import for_inference
     from unigist_jax.model import Llama
+    from unigist_jax.sharding import abstract_on
+
+    def of_one_layer(stack):
+        sharding = NamedSharding(mesh, PartitionSpec(*stack.sharding.spec[1:])) if mesh else None
+        return jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype, sharding=sharding)
 
     model = jax.eval_shape(lambda: Llama(config, layout, rngs=nnx.Rngs(params=0)))
-    layer = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), model.layers)
+    model = abstract_on(mesh, model) if mesh else model
+    layer = jax.tree.map(of_one_layer, model.layers)
     model.layers = nnx.List([jax.tree.map(lambda x: x, layer) for _ in range(config.num_layers)])
     leaves, tree = jax.tree_util.tree_flatten_with_path(model)
-    drawn = [
-        jnp.ones(leaf.shape, leaf.dtype) if "norm" in jax.tree_util.keystr(path) else noise(seed, leaf, 0.02)
-        for seed, (path, leaf) in enumerate(leaves)
-    ]
-    return jax.tree.unflatten(tree, drawn)
+    drawn = []
+    for seed, (path, leaf) in enumerate(leaves):
+        is_norm = "norm" in jax.tree_util.keystr(path)
+        array = jnp.ones(leaf.shape, leaf.dtype) if is_norm else noise(seed, leaf, 0.02)
+        drawn.append(jax.device_put(array, leaf.sharding) if mesh else array)
+    return for_inference(jax.tree.unflatten(tree, drawn))
 
 
 def noise(seed: int, like: Any, deviation: float):

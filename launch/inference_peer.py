@@ -61,7 +61,7 @@ def measure_transformers(case: Case) -> dict[str, Any]:
         cache_bytes = sum(x.nbytes for layer in out.past_key_values.layers for x in (layer.keys, layer.values))
 
     start = time.perf_counter()
-    run(lambda: None, 2)
+    run(lambda: None, min(case.new_tokens, 10))
     result["first_call_s"] = time.perf_counter() - start
     result |= median_round(case.rounds, run) | {"cache_bytes": cache_bytes}
     if place == "cuda":

@@ -14,7 +14,9 @@ Record = dict
 def system(record: Record) -> str:
     """A system's name in a table."""
     names = {"full": "full attention (cuDNN)", "transformers": "transformers (sdpa)"}
-    return f"UniGist r={record['ratio']}" if record["system"] == "unigist" else names[record["system"]]
+    name = f"UniGist r={record['ratio']}" if record["system"] == "unigist" else names[record["system"]]
+    devices = record.get("tensor", 1)
+    return f"{name}, {devices} devices" if devices > 1 else name
 
 
 def tokens(count: int) -> str:
@@ -61,7 +63,7 @@ def latency_table(records: list[Record]) -> Iterator[str]:
         same = (
             x for x in records if x["kind"] == "latency" and (x["batch"], x["context"]) == (r["batch"], r["context"])
         )
-        by_system = {x["system"]: x for x in same if x["system"] != "unigist"}
+        by_system = {x["system"]: x for x in same if x["system"] != "unigist" and x.get("tensor", 1) == 1}
         cells = [tokens(r["context"]), str(r["batch"]), system(r), _number(r, "ttft_s", "{:,.0f}", 1e3)]
         cells += [_number(r, "tpot_s", "{:.2f}", 1e3), _number(r, "total_s", "{:,.0f}", 1e3)]
         cells.append(f"{r['batch'] / r['tpot_s']:,.1f}")

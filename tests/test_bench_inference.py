@@ -22,6 +22,7 @@ CASES = [
     Case("unigist", "decode", 8, batch=0, chunk_sizes=(64,), **TINY),
     Case("unigist", "limit", 8, chunk_sizes=(64,), memory_gib=1.0, **TINY),
     Case("unigist", "chunks", 8, chunk_sizes=(64, 128), **TINY),
+    Case("unigist", "latency", 8, batch=2, chunk_sizes=(64,), tensor=2, **TINY),
 ]
 
 
@@ -37,10 +38,14 @@ def test_what_is_measured(records):
         a_token = 2 * 2 * 2 * 16 * 4  # keys and values of 2 layers, 2 heads of 16 in float32
         raws = 320 // 8 + 128 if record["system"] == "unigist" else 320
         sinks = 128 if record["system"] == "unigist" else 0
-        table = 256 * 64 * 4  # the embedding's rows are looked up
-        assert record["step_bytes"] == record["weights_bytes"] - table + a_token * (sinks + record["batch"] * raws)
-    latency, full, decode, _, chunks = records
-    for record in (latency, full):
+        table = 256 * 64 * 4 // record["tensor"]  # the embedding's rows are looked up
+        read = a_token * (sinks + record["batch"] * raws) // record["tensor"]
+        assert record["step_bytes"] == record["weights_bytes"] - table + read
+    latency, full, decode, _, chunks, shared = records
+    assert shared["name"] == latency["name"] + "-2devices" and shared["cache_bytes"] == latency["cache_bytes"] // 2
+    # sinks and norms are whole on each device
+    assert latency["weights_bytes"] / 2 < shared["weights_bytes"] < latency["weights_bytes"] * 0.54
+    for record in (latency, full, shared):
         assert 0 < record["ttft_s"] < record["total_s"] < record["first_call_s"]
         assert record["total_s"] == pytest.approx(record["ttft_s"] + 8 * record["tpot_s"])
     assert decode["batch"] == 3 and decode["tokens_s"] == pytest.approx(3 / decode["tpot_s"])
@@ -71,6 +76,7 @@ def test_report(records, tmp_path):
     full, gist = records[1], records[0]
     gains = [f"{full[name] / gist[name]:.2f}" for name in ("ttft_s", "tpot_s")]
     assert f"| UniGist r=8 | {gist['ttft_s'] * 1e3:,.0f} |" in text and " · ".join(gains) in text
+    assert f"| UniGist r=8, 2 devices | {records[5]['ttft_s'] * 1e3:,.0f} |" in text
     assert "- transformers-latency-320-b2: took too long" in text and "larger" not in text
     assert "`launch.bench_inference --out=x`" in text and "![times and memory](raw.png)" in text
     assert raw.with_suffix(".png").read_bytes().startswith(b"\x89PNG")

@@ -5,11 +5,12 @@ Axis legend
 
 One `while_loop` on the device takes up to N steps and ends early once every sequence has. A sequence that has drawn a
 stop token is frozen (`append.py`), so a ragged batch keeps its static shapes. Tokens reach the host once a block: all
-of them at the end, or every `STREAM_STEPS` where a callback wants to see them as they come.
+of them at the end, or some times a second where a callback wants to see them as they come.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -28,7 +29,8 @@ from unigist_jax.layout import GistLayout
 from unigist_jax.model import Llama
 from unigist_jax.prompts import check_prompts
 
-STREAM_STEPS = 8
+STREAM_STEPS = 8, 64  # of a block for a callback: at least (and the first), at most
+STREAM_SECONDS = 0.25  # that such a block should take: between two blocks the device waits for the host
 _NOTHING = -1  # in place of a token of a sequence that has ended
 
 
@@ -155,11 +157,16 @@ def continue_from(
 
     take(np.where(ended, _NOTHING, tokens)[:, None])
     state, step = _State(tokens, ended, cache), 1
-    slots = STREAM_STEPS if on_token is not None else 1 << (max_new_tokens - 1).bit_length()
+    steps = slots = 1 << (max_new_tokens - 1).bit_length()
+    if on_token is not None:
+        steps, slots = STREAM_STEPS
     while step < max_new_tokens and not np.all(state.ended):
-        stop = min(step + slots, max_new_tokens)
+        began, stop = time.perf_counter(), min(step + steps, max_new_tokens)
         block, state = _steps(model, state, key, jnp.int32(step), jnp.int32(stop), stops, sampling, method, slots)
         take(np.asarray(block))
+        if on_token is not None:
+            paced = (stop - step) * STREAM_SECONDS / (time.perf_counter() - began)
+            steps = int(np.clip(paced, *STREAM_STEPS))
         step = stop
     return Generated(outputs, np.asarray(state.ended).tolist(), state.cache)
 
