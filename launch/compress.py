@@ -2,6 +2,8 @@
 
 python -m launch.compress --workdir=runs/tiny --document=book.txt --output=book.cache
 python -m launch.generate --workdir=runs/tiny --cache=book.cache --prompt="Who " --prompt="In the end, "
+python -m launch.compress --workdir=path/to/hf_llama --chat --document=book.txt --output=book.cache
+python -m launch.generate --workdir=path/to/hf_llama --chat --cache=book.cache --prompt="Who is Ahab?"
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from absl import flags
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from launch.flags import define_tensor, define_workdir, run_main, tensor_mesh
+from launch.flags import define_chat, define_tensor, define_workdir, run_main, tensor_mesh, user_message
 from unigist_jax.checkpoints import load_directory
 from unigist_jax.inference import for_inference, full_cache_bytes, prefill
 from unigist_jax.inference.cache_file import save_cache
@@ -23,6 +25,7 @@ _WORKDIR = define_workdir()
 _TENSOR = define_tensor()
 _DOCUMENT = flags.DEFINE_string("document", None, "file whose text to read", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "the cache file to write", required=True)
+_CHAT, _SYSTEM = define_chat("begin a user's message with the document, which a question is to end")
 _CHUNK_SIZE = flags.DEFINE_integer("chunk_size", None, "raws of a prefill chunk, a multiple of the ratio")
 _GIST_DTYPE = flags.DEFINE_enum("gist_dtype", None, GIST_DTYPES, "round gists to it (default: the compute dtype)")
 
@@ -36,7 +39,11 @@ def _compress(mesh: Mesh | None) -> None:
     text = Path(_DOCUMENT.value).read_text()
     loaded = load_directory(_WORKDIR.value, mesh)
     model, tokenizer = for_inference(loaded.model), loaded.tokenizer
-    tokens = tokenizer.encode(text, bos=True).tolist()
+    if _CHAT.value:
+        ids, _ = tokenizer.encode_cut_chat(user_message(f"{text.rstrip()}\n\n", _SYSTEM.value))
+    else:
+        ids = tokenizer.encode(text, bos=True)
+    tokens = ids.tolist()
     began = time.perf_counter()
     with tqdm(total=len(tokens), unit="token", desc="reading") as bar:
         _, cache = prefill(
@@ -48,7 +55,7 @@ def _compress(mesh: Mesh | None) -> None:
         )
         cache.length.block_until_ready()
     seconds = time.perf_counter() - began
-    save_cache(_OUTPUT.value, cache, model, [tokens], tokenizer.fingerprint)
+    save_cache(_OUTPUT.value, cache, model, [tokens], tokenizer.fingerprint, _CHAT.value)
     size, full = Path(_OUTPUT.value).stat().st_size, full_cache_bytes(model.config, len(tokens))
     print(
         f"read {len(tokens):,} tokens in {seconds:.1f} s; wrote {_OUTPUT.value}: {size:,} bytes; "

@@ -68,6 +68,18 @@ def define_tensor() -> flags.FlagHolder[int]:
     return flags.DEFINE_integer("tensor", 1, "devices that share the heads and columns of each layer", lower_bound=1)
 
 
+def define_chat(text: str) -> tuple[flags.FlagHolder[bool], flags.FlagHolder[str | None]]:
+    """The --chat flag, of which `text` tells what it does, and --system."""
+    chat = flags.DEFINE_bool("chat", False, f"{text}, by the tokenizer's chat template")
+    return chat, flags.DEFINE_string("system", None, "with --chat: the system message")
+
+
+def user_message(text: str, system: str | None) -> list[dict[str, str]]:
+    """A conversation of one user's message, behind a system message if there is one."""
+    messages = [{"role": "user", "content": text}]
+    return [{"role": "system", "content": system}, *messages] if system else messages
+
+
 @contextlib.contextmanager
 def tensor_mesh(devices: int) -> Iterator[Mesh | None]:
     """The mesh of so many devices, in force within; None for one. Raises ValueError if there are fewer."""

@@ -4,6 +4,7 @@ python -m launch.generate --workdir=runs/tiny --prompt="def main(argv):" --max_n
 python -m launch.generate --workdir=runs/tiny --prompt_file=long.py --temperature=0.8 --top_p=0.95
 python -m launch.generate --workdir=path/to/hf_llama --chat --prompt="Who are you?"
 python -m launch.generate --workdir=runs/tiny --cache=book.cache --prompt="Who " --prompt="In the end, "
+python -m launch.generate --workdir=path/to/hf_llama --chat --cache=book.cache --prompt="Who is Ahab?"
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 from absl import flags
 from jax.sharding import Mesh
 
-from launch.flags import define_tensor, define_workdir, run_main, tensor_mesh
+from launch.flags import define_chat, define_tensor, define_workdir, run_main, tensor_mesh, user_message
 from unigist_jax.checkpoints import load_directory
 from unigist_jax.data import StreamDecoder, Tokenizer
 from unigist_jax.inference import Sampling, for_inference, full_cache_bytes, generate
@@ -24,8 +25,7 @@ _WORKDIR = define_workdir()
 _TENSOR = define_tensor()
 _PROMPT = flags.DEFINE_multi_string("prompt", None, "text to continue; give it again for a batch of prompts")
 _PROMPT_FILE = flags.DEFINE_multi_string("prompt_file", None, "file whose text to continue; likewise")
-_CHAT = flags.DEFINE_bool("chat", False, "give each text as a user's message, by the tokenizer's chat template")
-_SYSTEM = flags.DEFINE_string("system", None, "with --chat: the system message")
+_CHAT, _SYSTEM = define_chat("give each text as a user's message (with --cache: as the end of one)")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "tokens to generate", lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0: the most likely token each time")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "sample among the k most likely tokens; 0: among all")
@@ -52,11 +52,12 @@ def _generate(mesh: Mesh | None) -> None:
     sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
     loaded = load_directory(_WORKDIR.value, mesh)
     model, tokenizer = for_inference(loaded.model), loaded.tokenizer
-    prompts = [_prompt(tokenizer, text) for text in texts]
     cache, read = None, ""
     if _CACHE.value:
-        cache, documents = load_cache(_CACHE.value, model, tokenizer.fingerprint)
+        cache, documents, in_message = load_cache(_CACHE.value, model, tokenizer.fingerprint)
+        _check_chat(in_message)
         read = f"behind {len(documents[0]):,} tokens of {_CACHE.value}; "
+    prompts = [_prompt(tokenizer, text) for text in texts]
     decoders = [StreamDecoder(tokenizer) for _ in prompts]
 
     def show(sequence: int, token: int) -> None:
@@ -94,7 +95,7 @@ def _generate(mesh: Mesh | None) -> None:
 
 def _check_flags_with_cache() -> None:
     """Raises ValueError for a flag that means nothing behind a cache file."""
-    given = {"chat": _CHAT.value, "chunk_size": _CHUNK_SIZE.value, "capacity": _CAPACITY.value}
+    given = {"system": _SYSTEM.value, "chunk_size": _CHUNK_SIZE.value, "capacity": _CAPACITY.value}
     given["method"] = _METHOD.value not in (None, "unigist")
     wrong = [f"--{name}" for name, value in given.items() if value]
     if _CACHE.value and wrong:
@@ -104,14 +105,27 @@ def _check_flags_with_cache() -> None:
         )
 
 
+def _check_chat(in_message: bool) -> None:
+    """Raises ValueError unless --chat is given just where the cache file ends within a user's message."""
+    if in_message and not _CHAT.value:
+        raise ValueError(
+            f"{_CACHE.value} ends within a user's message (launch.compress --chat): give --chat, so that the question "
+            "ends that message"
+        )
+    if _CHAT.value and not in_message:
+        raise ValueError(
+            f"--chat, but {_CACHE.value} holds plain text and no message to end; make it with launch.compress --chat, "
+            "or leave --chat out"
+        )
+
+
 def _prompt(tokenizer: Tokenizer, text: str) -> list[int]:
     """The ids that the model continues."""
     if not _CHAT.value:
         return tokenizer.encode(text, bos=not _CACHE.value).tolist()
-    messages = [{"role": "user", "content": text}]
-    if _SYSTEM.value:
-        messages.insert(0, {"role": "system", "content": _SYSTEM.value})
-    return tokenizer.encode_chat(messages).tolist()
+    if _CACHE.value:
+        return tokenizer.encode_cut_chat(user_message("", None), text)[1].tolist()
+    return tokenizer.encode_chat(user_message(text, _SYSTEM.value)).tolist()
 
 
 if __name__ == "__main__":

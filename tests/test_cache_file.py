@@ -41,8 +41,8 @@ def test_a_cache_read_back_goes_on_as_if_never_away(gist_dtype, model, tmp_path)
     """With more than one page of gists, and a page in progress."""
     _, cache = prefill(model, DOCUMENTS, capacity=500, gist_dtype=gist_dtype)
     save_cache(tmp_path / "c", cache, model, DOCUMENTS, "tokenizer")
-    back, tokens = load_cache(tmp_path / "c", model, "tokenizer")
-    assert tokens == DOCUMENTS and back.gist_dtype == gist_dtype
+    back, tokens, in_message = load_cache(tmp_path / "c", model, "tokenizer")
+    assert tokens == DOCUMENTS and not in_message and back.gist_dtype == gist_dtype
     assert back.capacity == 256 and back.nbytes < cache.nbytes  # empty pages are left out
     assert (tmp_path / "c").stat().st_size < back.nbytes + 4000
     questions = [[5, 6, 7], [8]]

@@ -1,31 +1,18 @@
-"""The commands: help, bad input, and the way from a corpus to a trained, evaluated, generating model.
-
-Each command runs in a process of its own, as `python -m launch.NAME` would; the processes are forked from one that has
-imported the libraries already, which saves seconds each.
-"""
+"""The commands: help, bad input, and the way from a corpus to a trained, evaluated, generating model."""
 
 import ast
 import json
-import multiprocessing
-import os
 import re
-import runpy
-import sys
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+from command_line import ROOT, assert_refused, runner
 from tiny_runs import write_corpus
 
-ROOT = Path(__file__).parent.parent
 COMMANDS = sorted(
     path.stem
     for path in (ROOT / "launch").glob("*.py")
     if not path.stem.startswith(("bench_", "tune_", "inference_")) and '__name__ == "__main__"' in path.read_text()
 )
-LIBRARIES = ("jax", "flax.nnx", "optax", "orbax.checkpoint", "datasets", "sentencepiece", "matplotlib.figure", "grain")
-TIMEOUT = 200
-
 CONFIG = """
 from unigist_jax.config import default_config
 
@@ -42,43 +29,9 @@ def get_config():
 """
 
 
-class Finished(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-def run_in_child(name, arguments, out, err):
-    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    for descriptor, path in ((1, out), (2, err)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
-    os.chdir(ROOT)
-    sys.path.insert(0, str(ROOT))
-    sys.argv[1:] = arguments
-    runpy.run_module(f"launch.{name}", run_name="__main__", alter_sys=True)
-
-
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):
-    """`command(name, *arguments)` runs one to its end."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(LIBRARIES))
-    folder = tmp_path_factory.mktemp("output")
-    numbers = iter(range(1000))
-
-    def run(name, *arguments):
-        number = next(numbers)
-        out, err = folder / f"{number}.out", folder / f"{number}.err"
-        process = context.Process(target=run_in_child, args=(name, [str(a) for a in arguments], str(out), str(err)))
-        process.start()
-        process.join(TIMEOUT)
-        if process.is_alive():
-            process.kill()
-            process.join()
-        assert out.exists() and err.exists(), f"{name} did not start, exit code {process.exitcode}"
-        return Finished(process.exitcode, out.read_text(), err.read_text())
-
-    return run
+    return runner(tmp_path_factory.mktemp("output"))
 
 
 @pytest.fixture(scope="module")
@@ -116,14 +69,6 @@ def test_help_names_every_flag(name, command):
     expected |= {flag for flag in ("workdir", "tensor") if f"define_{flag}" in source}
     assert named >= expected, text
     assert "Traceback" not in text
-
-
-def assert_refused(finished, *parts):
-    """Exit code 2 and one clear line that holds all parts, in order."""
-    assert finished.code == 2, finished.err
-    assert re.fullmatch(r"error: .*\n", finished.err), finished.err
-    assert re.search(".*".join(map(re.escape, parts)), finished.err), finished.err
-    assert not finished.out.strip()
 
 
 @pytest.mark.parametrize(
@@ -319,7 +264,9 @@ def test_a_document_is_compressed_once_and_asked_twice(command, trained, tmp_pat
         finished = command("generate", *flags, f"--prompt_file={tmp_path}/whole.txt")
         whole.append(f"continues\n{finished.out.split(chr(10) + '[')[0].rstrip(chr(10))}\n")
     assert all(answer in asked.out for answer in whole)
-    assert_refused(command("generate", run, f"--cache={file}", "--prompt=a", "--chat"), "--chat with --cache")
+    assert_refused(
+        command("generate", run, f"--cache={file}", "--prompt=a", "--chat"), "--chat, but", "compress --chat"
+    )
     assert_refused(command("generate", run, f"--cache={tmp_path}/absent", "--prompt=a"), "absent", "launch.compress")
     file.write_bytes(file.read_bytes()[:-1])
     assert_refused(command("generate", run, f"--cache={file}", "--prompt=a"), str(file), "truncated", "launch.compress")

@@ -13,26 +13,15 @@ import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
+from chat_tokenizer import TEMPLATE, TURN, write_chat_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import decoders, models, normalizers
 
 from unigist_jax.data.tokenize import StreamDecoder, Tokenizer
 
 SOURCE = inspect.getsource(argparse)
 TEXTS = ("def f():\n\treturn  1", " leading", "trailing ", "naïve 😀 ", "<|eot_id|></s>", "a ▁b", "\n\n  x", "")
-BEGIN, END, TURN = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
-TEMPLATE = """{{- bos_token }}
-{%- for message in messages %}
-    {%- if message.role not in ['system', 'user', 'assistant'] %}
-        {{- raise_exception('unknown role ' + message.role) }}
-    {%- endif %}
-    {{- '<|' + message['role'] + '|>\\n' + message['content'] | trim + '<|eot_id|>' }}
-{%- endfor %}
-{%- if tools is none and add_generation_prompt %}
-    {{- '<|assistant|>\\n' }}
-{%- endif %}
-"""
 MESSAGES = [
     {"role": "system", "content": " Be brief."},
     {"role": "user", "content": "What is naïve?\n"},
@@ -43,27 +32,9 @@ MESSAGES = [
 
 @pytest.fixture(scope="module")
 def llama3(tmp_path_factory):
-    """A directory with a byte-level tokenizer like Llama 3's, of 600 ids."""
-    tokenizer = tokenizers.Tokenizer(models.BPE(ignore_merges=True))
-    split = pre_tokenizers.Split(tokenizers.Regex(r"\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"), "isolated")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=590, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator([SOURCE], trainer)
-    marks = [BEGIN, END, TURN, "<|system|>", "<|user|>", "<|assistant|>"]
-    tokenizer.add_special_tokens([tokenizers.AddedToken(mark, special=True) for mark in marks])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BEGIN} $A", special_tokens=[(BEGIN, tokenizer.token_to_id(BEGIN))]
-    )
+    """A directory with a byte-level tokenizer like Llama 3's, of 596 ids."""
     folder = tmp_path_factory.mktemp("llama3")
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"bos_token": BEGIN, "eos_token": {"__type": "AddedToken", "content": END}, "chat_template": TEMPLATE}
-    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    ends = [tokenizer.token_to_id(END), tokenizer.token_to_id(TURN)]
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    write_chat_tokenizer(folder)
     return folder
 
 
@@ -144,6 +115,22 @@ def test_chats_equal_transformers(llama3, tmp_path):
     assert Tokenizer.load(tmp_path).encode_chat(MESSAGES).tolist() == expected
 
 
+def test_a_chat_in_two_parts_is_the_whole(llama3, tmp_path):
+    """A document that begins the last message, and a question that ends it."""
+    tokenizer = Tokenizer.load(llama3)
+    *before, last = MESSAGES
+    opening = [*before, {"role": "user", "content": " Read.\n\n"}]
+    whole = [*before, {"role": "user", "content": " Read.\n\n" + last["content"]}]
+    first, second = tokenizer.encode_cut_chat(opening, last["content"])
+    assert [*first, *second] == tokenizer.encode_chat(whole).tolist()
+    assert tokenizer.decode(second) == "Why ?\n" and tokenizer.decode(first).endswith("Read.\n\n")
+    shutil.copy(llama3 / "tokenizer.json", tmp_path)
+    for template, times in (("{{ messages[0].content * 2 }}", 2), ("{{ messages[0].role }}", 0)):
+        (tmp_path / "chat_template.jinja").write_text(template)
+        with pytest.raises(ValueError, match=f"writes the last message {times} times.*as one prompt"):
+            Tokenizer.load(tmp_path).encode_cut_chat([last])
+
+
 def test_chats_that_cannot_be_written(llama3, llama2, tmp_path):
     tokenizer = Tokenizer.load(llama3)
     with pytest.raises(ValueError, match="template cannot write this conversation: unknown role tool"):
@@ -152,6 +139,8 @@ def test_chats_that_cannot_be_written(llama3, llama2, tmp_path):
         tokenizer.encode_chat([])
     with pytest.raises(ValueError, match="no chat template"):
         Tokenizer.load(llama2).encode_chat(MESSAGES)
+    with pytest.raises(ValueError, match="no chat template"):
+        Tokenizer.load(llama2).encode_cut_chat(MESSAGES)
     shutil.copy(llama3 / "tokenizer.json", tmp_path)
     for template in ("{% if %}", "{{ ''.__class__.__mro__ }}", "{{ messages[9].content.x }}"):
         (tmp_path / "chat_template.jinja").write_text(template)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,3 +43,26 @@ def render_chat(template: str, messages: Sequence[Mapping[str, str]], **variable
         return environment.from_string(template).render(messages=list(messages), **(known | variables))
     except (jinja2.TemplateError, KeyError, TypeError) as error:
         raise ValueError(f"the chat template cannot write this conversation: {error}") from error
+
+
+def render_cut_chat(
+    template: str, messages: Sequence[Mapping[str, str]], rest: str, **variables: Any
+) -> tuple[str, str]:
+    """The text of a conversation in two parts: up to the end of the last message's `content`, and from `rest` on.
+
+    The last message is its `content` and then `rest`, in one turn: a document that is read once, and a question about
+    it. Arguments and errors as for `render_chat`; ValueError also for a template that changes or repeats what it is
+    given, so that there is no one place to cut.
+    """
+    if not messages:
+        raise ValueError("a conversation without messages; give at least one")
+    *before, last = messages
+    cut = uuid.uuid4().hex
+    text = render_chat(template, [*before, {**last, "content": last["content"] + cut + rest}], **variables)
+    parts = text.split(cut)
+    if len(parts) != 2:
+        raise ValueError(
+            f"the chat template writes the last message {len(parts) - 1} times: it cannot be read in two parts; give "
+            "document and question as one prompt"
+        )
+    return parts[0], parts[1]

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from unigist_jax.data.chat import render_chat
+from unigist_jax.data.chat import render_chat, render_cut_chat
 from unigist_jax.data.sentencepiece_tokenizer import piece_bytes
-from unigist_jax.data.tokenize import HF_FILE, Tokenizer
+from unigist_jax.data.tokenize import HF_FILE, NO_TEMPLATE, Tokenizer
 
 SETTINGS_FILE = "tokenizer_config.json"
 MARKS_FILE = "special_tokens_map.json"
@@ -65,12 +65,21 @@ class HfTokenizer(Tokenizer):
         self.stop_ids = tuple(dict.fromkeys([self.eos_id, *ends]))
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]], **variables: Any) -> np.ndarray:
+        return self._encode_marked(render_chat(self._chat_template(), messages, **(self._mark_names() | variables)))
+
+    def encode_cut_chat(
+        self, messages: Sequence[Mapping[str, str]], rest: str = "", **variables: Any
+    ) -> tuple[np.ndarray, np.ndarray]:
         template = self._chat_template()
-        if template is None:
-            return super().encode_chat(messages)
-        marks = {name: mark for name, mark in self._marks.items() if mark is not None}
-        text = render_chat(template, messages, **(marks | variables))
-        self._tokenizer.encode_special_tokens = False  # the template writes marks out
+        before, after = render_cut_chat(template, messages, rest, **(self._mark_names() | variables))
+        return self._encode_marked(before), self._encode_marked(after)
+
+    def _mark_names(self) -> dict[str, str]:
+        return {name: mark for name, mark in self._marks.items() if mark is not None}
+
+    def _encode_marked(self, text: str) -> np.ndarray:
+        """The ids of a template's text, in which marks are written out."""
+        self._tokenizer.encode_special_tokens = False
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
     def _encode(self, text: str) -> list[int]:
@@ -112,12 +121,14 @@ class HfTokenizer(Tokenizer):
             raise ValueError(f"it has no {name} ({self._marks[name]!r}); copy {SETTINGS_FILE} from the checkpoint too")
         return index
 
-    def _chat_template(self) -> str | None:
+    def _chat_template(self) -> str:
         if TEMPLATE_FILE in self.files:
             return self.files[TEMPLATE_FILE].decode()
         template = self._settings.get("chat_template")
         if isinstance(template, list):  # several, by name
-            return {entry["name"]: entry["template"] for entry in template}.get("default")
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        if template is None:
+            raise ValueError(NO_TEMPLATE)
         return template
 
 

@@ -19,6 +19,10 @@ from jaxtyping import Int32
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 HF_FILE = "tokenizer.json"
+NO_TEMPLATE = (
+    "this tokenizer has no chat template; take the tokenizer.json and tokenizer_config.json of an instruction-tuned "
+    "checkpoint, or give plain text"
+)
 
 
 class Tokenizer(abc.ABC):
@@ -126,10 +130,21 @@ class Tokenizer(abc.ABC):
         Raises:
           ValueError: if the tokenizer has no chat template, or the template refuses the messages.
         """
-        raise ValueError(
-            "this tokenizer has no chat template; take the tokenizer.json and tokenizer_config.json of an instruction-"
-            "tuned checkpoint, or give plain text"
-        )
+        raise ValueError(NO_TEMPLATE)
+
+    def encode_cut_chat(
+        self, messages: Sequence[Mapping[str, str]], rest: str = "", **variables: Any
+    ) -> tuple[Int32[np.ndarray, " n"], Int32[np.ndarray, " m"]]:
+        """The ids of a conversation in two parts, for a document that is read once and questions that follow it.
+
+        Args:
+          messages, **variables: as for `encode_chat`; the first part ends with the last message's content.
+          rest: what follows there in the same message: the second part begins with it.
+
+        Raises:
+          ValueError: as for `encode_chat`, or if the template leaves no one place to cut.
+        """
+        raise ValueError(NO_TEMPLATE)
 
     def decode(self, ids: Iterable[Any]) -> str:
         """The text of integer `ids` (a list or a 1-D array); bytes that are not UTF-8 become U+FFFD.

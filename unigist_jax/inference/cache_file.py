@@ -37,19 +37,28 @@ from unigist_jax.model import Llama
 from unigist_jax.model.fingerprint import fingerprint
 from unigist_jax.pages import PAGE, gist_slots
 
-FORMAT = "unigist-cache-1"
+FORMAT = "unigist-cache-2"
 _AGAIN = "make it again with launch.compress"
 
 
 class CacheFile(NamedTuple):
-    """What `load_cache` returns: the cache, and the tokens that each of its sequences has read."""
+    """What `load_cache` returns: the cache, the tokens that each of its sequences has read, and `in_message`.
+
+    `in_message`: the tokens end within a user's message of a chat template, which a question is to end.
+    """
 
     cache: GistCache
     tokens: list[list[int]]
+    in_message: bool
 
 
 def save_cache(
-    path: str | os.PathLike, cache: GistCache, model: Llama, tokens: Sequence[Sequence[int]], tokenizer: str
+    path: str | os.PathLike,
+    cache: GistCache,
+    model: Llama,
+    tokens: Sequence[Sequence[int]],
+    tokenizer: str,
+    in_message: bool = False,
 ) -> None:
     """Writes a cache, whole or not at all.
 
@@ -59,6 +68,7 @@ def save_cache(
       model: the model that filled it.
       tokens: what each sequence has read.
       tokenizer: fingerprint of the tokenizer that made the tokens.
+      in_message: see `CacheFile`.
 
     Raises:
       ValueError: if the tokens are not as many as the cache has read.
@@ -81,6 +91,7 @@ def save_cache(
         "layout": json.dumps(dataclasses.asdict(cache.layout)),
         "model": fingerprint(model),
         "tokenizer": tokenizer,
+        "in_message": json.dumps(in_message),
         "num_layers": str(len(cache.layers)),
         "dtypes": json.dumps(dtypes),
     }
@@ -154,7 +165,8 @@ def _restored(arrays: Mapping[str, np.ndarray], header: Mapping[str, str], model
         layers.append(LayerKV(gists(k), gists(v), *map(on_device, ring)))
     empty = GistCache.create(model, 1, 1, layout)
     cache = GistCache(empty.sinks, tuple(layers), jnp.asarray(length), layout)
-    return CacheFile(cache, [part.tolist() for part in np.split(arrays["tokens"], np.cumsum(length)[:-1])])
+    tokens = [part.tolist() for part in np.split(arrays["tokens"], np.cumsum(length)[:-1])]
+    return CacheFile(cache, tokens, json.loads(header["in_message"]))
 
 
 def _named(layer: LayerKV) -> dict[str, Any]:
