@@ -1,6 +1,6 @@
 """Evaluates every run of a sweep over methods, the training-free methods on its run `full`, and collects one table.
 
-  python -m launch.compare --sweep=runs/llama_26m-methods --tasks=needle,mk2 --lengths=1024,2048 --chunk_size=512
+  python -m launch.compare --sweep=runs/llama_8m-methods_8m --tasks=needle,mk2 --lengths=512,1024 --chunk_size=256
 
 Writes DIR/comparison.md, comparison.json and two plots, DIR = --output or SWEEP/comparison. The evaluations lie
 below it, and samples that are there are not computed again.

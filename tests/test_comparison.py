@@ -13,7 +13,7 @@ FOLDER = Path(__file__).parent.parent / "configs" / "comparison"
 
 
 @pytest.mark.parametrize(
-    ("config", "sweep"), [("llama_100m", "methods"), ("llama_26m", "methods"), ("micro", "methods_micro")]
+    ("config", "sweep"), [("llama_100m", "methods"), ("llama_8m", "methods_8m"), ("micro", "methods_micro")]
 )
 def test_methods_differ_in_nothing_else(config, sweep):
     """All runs have the same model, data, optimizer and budget but for what the method is."""

@@ -1,6 +1,5 @@
 """The pipeline: one order for any number of processes and any resume, the asked-for mix, and rows from texts."""
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,6 @@ from unigist_jax.data.pipeline import (
     TrainData,
     eval_batches,
     load_or_train_tokenizer,
-    prepare_recall_rows,
     prepare_rows,
 )
 from unigist_jax.layout import GistLayout
@@ -161,49 +159,6 @@ def test_rows_hold_the_split_documents(corpus, tokenizer):
     assert sorted(decoded["train"] + decoded["heldout"]) == sorted(texts)
 
 
-@pytest.mark.parametrize("filler", [[], ["Some text.\n\nMore of it,\nand more."]])
-def test_recall_rows_are_records_and_learn_the_answer(tokenizer, filler):
-    def prepare(num_records, answer_loss_only):
-        return prepare_recall_rows(
-            tokenizer=tokenizer,
-            layout=LAYOUT,
-            row_length=512,
-            num_records=num_records,
-            seed=3,
-            filler=filler,
-            kinds=("needle", "json_kv"),
-            digits=4,
-            answer_loss_only=answer_loss_only,
-        )
-
-    rows, answers = prepare(6, False), prepare(6, True)
-    np.testing.assert_array_equal(rows.tokens, answers.tokens)
-    np.testing.assert_array_equal(rows.tokens[:3], prepare(3, False).tokens)
-    assert len({tuple(row) for row in rows.tokens}) == 6
-    for index in range(6):
-        row = rows.tokens[index]
-        length = int((row != tokenizer.pad_id).sum())
-        assert 450 < length <= 512 and row[0] == tokenizer.bos_id and row[length - 1] == tokenizer.eos_id
-        np.testing.assert_array_equal(rows.loss_mask[index], np.arange(512) < length - 1)
-        learned = row[1:][answers.loss_mask[index, :-1]]
-        assert learned[-1] == tokenizer.eos_id
-        text, answer = tokenizer.decode(row), tokenizer.decode(learned)
-        assert text.endswith(":" + answer) and len(answer) == 5 and answer.strip().isdigit()
-        assert text.count(answer.strip()) >= 2
-        assert ("magic" in text, '"' in text) == (index % 2 == 0, index % 2 == 1)
-
-
-def test_unusable_recall_settings_are_refused(tokenizer):
-    settings = {"tokenizer": tokenizer, "layout": LAYOUT, "seed": 0}
-    with pytest.raises(ValueError, match="num_tokens=30 is too short"):
-        prepare_recall_rows(row_length=32, num_records=1, **settings)
-    with pytest.raises(ValueError, match="not a multiple of ratio=4"):
-        prepare_recall_rows(row_length=510, num_records=1, **settings)
-    for num_records, kinds in ((0, ("needle",)), (1, ())):
-        with pytest.raises(ValueError, match="at least"):
-            prepare_recall_rows(row_length=512, num_records=num_records, kinds=kinds, **settings)
-
-
 def test_the_tokenizer_of_a_work_directory_is_trained_once(corpus, tmp_path):
     first = load_or_train_tokenizer(tmp_path / "new", corpus, 320)
     file = tmp_path / "new" / "tokenizer.model"
@@ -212,16 +167,3 @@ def test_the_tokenizer_of_a_work_directory_is_trained_once(corpus, tmp_path):
     assert [path.name for path in file.parent.iterdir()] == ["tokenizer.model"] and file.stat().st_mtime_ns == written
     with pytest.raises(ValueError, match="vocab_size=320, not 321; use that size, delete the file"):
         load_or_train_tokenizer(tmp_path / "new", corpus, 321)
-
-
-def test_recall_rows_may_ask_several_questions(tokenizer):
-    """Each is followed by its answer, and the answers alone are learned."""
-    options = dict(tokenizer=tokenizer, layout=LAYOUT, row_length=1024, num_records=2, seed=3, digits=4, questions=3)
-    rows = prepare_recall_rows(kinds=("multi_key",), answer_loss_only=True, **options)
-    for row, mask in zip(rows.tokens, rows.loss_mask, strict=True):
-        text = tokenizer.decode(row[row != tokenizer.pad_id])
-        answers = re.findall(r"magic number for (\S+) mentioned in the provided text is: (\d{4})", text)
-        assert len(dict(answers)) == 3
-        assert all(text.count(f"numbers for {key} is: {value}.") == 1 for key, value in answers)
-        assert tokenizer.decode(row[1:][mask[:-1]]).split() == [value for _, value in answers]
-        assert (row != tokenizer.pad_id).sum() > 800

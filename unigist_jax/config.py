@@ -39,10 +39,15 @@ class DataConfig:
       max_documents: reads only so many; 0 reads all.
       recall_weight: share of the rows that are synthetic recall records, 0 to 1.
       recall_records: how many of those to make.
-      recall_kinds: comma-separated kinds (`unigist_jax.data.recall.RECALL_KINDS`).
+      recall_kinds: comma-separated kinds, which take turns (`unigist_jax.data.recall.RECALL_KINDS`; interleaved rows:
+        `unigist_jax.data.recall_rows.INTERLEAVED_KINDS`).
       recall_digits: digits of a needle's value.
       recall_questions: questions a record, where its context has answers to so many ("multi_key", "json_kv").
-      recall_answer_only: takes the loss of recall rows on the answer alone.
+      recall_answer_only: takes the loss of recall rows on the answers alone.
+      recall_interleaved: recall rows in stretches, each followed by questions (`unigist_jax.data.recall_rows`).
+      recall_vocabulary: a tokenizer that is trained here also sees recall sentences, so that their words are pieces.
+      join_documents: the documents one behind the other are one text, cut into rows of one document each, which full
+        attention by cuDNN needs.
     """
 
     source: str = "stdlib"
@@ -58,6 +63,9 @@ class DataConfig:
     recall_digits: int = 7
     recall_questions: int = 1
     recall_answer_only: bool = False
+    recall_interleaved: bool = False
+    recall_vocabulary: bool = False
+    join_documents: bool = False
 
     def __post_init__(self):
         _require(bool(self.source), "data.source is empty; give 'stdlib' or paths of text files")

@@ -6,10 +6,10 @@ from unigist_jax.data.pipeline import (
     TrainData,
     eval_batches,
     load_or_train_tokenizer,
-    prepare_recall_rows,
     prepare_rows,
 )
 from unigist_jax.data.recall import RECALL_KINDS, RecallRecord, recall_record
+from unigist_jax.data.recall_rows import prepare_recall_rows
 from unigist_jax.data.tokenize import StreamDecoder, Tokenizer
 
 __all__ = [

@@ -10,12 +10,15 @@ import numpy as np
 from unigist_jax.config import DataConfig
 from unigist_jax.data.corpus import load_documents
 from unigist_jax.data.pack import PackedRows
-from unigist_jax.data.pipeline import Rows, TrainData, load_or_train_tokenizer, prepare_recall_rows, prepare_rows
+from unigist_jax.data.pipeline import Rows, TrainData, load_or_train_tokenizer, prepare_rows
 from unigist_jax.data.prepared import PreparedRows, is_prepared, read_manifest
+from unigist_jax.data.recall import recall_sentences
+from unigist_jax.data.recall_rows import prepare_recall_rows
 from unigist_jax.data.tokenize import Tokenizer
 from unigist_jax.layout import GistLayout
 
 FILLER_DOCUMENTS = 200
+VOCABULARY_SENTENCES = 8000  # recall sentences that a tokenizer is trained on, with `data.recall_vocabulary`
 
 
 def prepared_directories(data: DataConfig) -> list[str]:
@@ -109,12 +112,14 @@ def run_tokenizer(workdir: Path, data: DataConfig) -> Tokenizer:
     if directories and not data.tokenizer:
         data = dataclasses.replace(data, tokenizer=directories[0])
     if not data.tokenizer:
+        sentences = VOCABULARY_SENTENCES if data.recall_vocabulary else 0
         return load_or_train_tokenizer(
             workdir,
             data.source,
             data.vocab_size,
             heldout_fraction=data.heldout_fraction,
             max_documents=data.max_documents,
+            further_texts=recall_sentences(0, sentences, data.recall_digits),
         )
     tokenizer = Tokenizer.load(data.tokenizer)
     try:
@@ -139,6 +144,7 @@ def text_rows(data: DataConfig, layout: GistLayout, tokenizer: Tokenizer, split:
         row_length=data.row_length,
         heldout_fraction=data.heldout_fraction,
         max_documents=data.max_documents,
+        joined=data.join_documents,
     )
 
 
@@ -162,6 +168,7 @@ def recall_rows(
         answer_loss_only=data.recall_answer_only,
         digits=data.recall_digits,
         questions=data.recall_questions,
+        interleaved=data.recall_interleaved,
     )
 
 

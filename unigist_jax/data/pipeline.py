@@ -7,7 +7,7 @@ state, and any number of processes reads the same batches, each process its own 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -15,7 +15,6 @@ import numpy as np
 
 from unigist_jax.data.corpus import load_documents
 from unigist_jax.data.pack import PackedRows, pack_documents
-from unigist_jax.data.recall import RECALL_KINDS, further_questions, paragraphs, recall_record
 from unigist_jax.data.tokenize import SENTENCEPIECE_FILE, Tokenizer
 from unigist_jax.layout import GistLayout
 
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     import grain
 
 Batch = dict[str, np.ndarray]
-QUESTION_SLACK = 8  # tokens by which questions of one record may differ in length
 
 
 @runtime_checkable
@@ -139,8 +137,11 @@ def load_or_train_tokenizer(
     *,
     heldout_fraction: float = 0.05,
     max_documents: int = 0,
+    further_texts: Iterable[str] = (),
 ) -> Tokenizer:
     """The tokenizer of a work directory; the first call trains it on the training split of `source` and keeps it there.
+
+    It is trained on `further_texts` too.
 
     Raises:
       ValueError: if the kept tokenizer has another `vocab_size` or is damaged; and whatever `load_documents` and
@@ -151,7 +152,7 @@ def load_or_train_tokenizer(
         documents = load_documents(
             source, split="train", heldout_fraction=heldout_fraction, max_documents=max_documents
         )
-        return Tokenizer.train(documents["text"], vocab_size, path)
+        return Tokenizer.train([*documents["text"], *further_texts], vocab_size, path)
     tokenizer = Tokenizer.load(path)
     if tokenizer.vocab_size != vocab_size:
         raise ValueError(
@@ -170,10 +171,12 @@ def prepare_rows(
     row_length: int,
     heldout_fraction: float,
     max_documents: int = 0,
+    joined: bool = False,
 ) -> PackedRows:
     """The documents of one split as rows, each document between `bos_id` and `eos_id`.
 
     Args:
+      joined: the documents one behind the other are one text, cut into rows that hold one document each.
       source, split, heldout_fraction, max_documents: as for `load_documents`.
       tokenizer, layout, row_length: as for `pack_documents`.
 
@@ -182,70 +185,7 @@ def prepare_rows(
     """
     layout.num_units(row_length)
     documents = load_documents(source, split=split, heldout_fraction=heldout_fraction, max_documents=max_documents)
-    encoded = (tokenizer.encode(text, bos=True, eos=True) for text in documents["text"])
+    encoded: Iterable = (tokenizer.encode(text, bos=True, eos=True) for text in documents["text"])
+    if joined:
+        encoded = [np.concatenate(list(encoded))]
     return pack_documents(encoded, row_length=row_length, layout=layout, pad_id=tokenizer.pad_id)
-
-
-def prepare_recall_rows(
-    *,
-    tokenizer: Tokenizer,
-    layout: GistLayout,
-    row_length: int,
-    num_records: int,
-    seed: int,
-    kinds: Sequence[str] = RECALL_KINDS,
-    filler: Sequence[str] = (),
-    answer_loss_only: bool = False,
-    digits: int = 7,
-    key_style: str = "word",
-    value_style: str = "numbers",
-    questions: int = 1,
-) -> PackedRows:
-    """Recall records as rows, each record nearly filling one: `bos_id`, context, questions and answers, `eos_id`.
-
-    Record i depends on the seed, i and the options, not on `num_records`; the kinds take turns. Context, question and
-    answer are tokenised one by one, as at inference, where the context comes before the question is known.
-
-    Args:
-      tokenizer, layout, row_length: as for `pack_documents`.
-      num_records: number of records.
-      seed: fixes the records.
-      kinds: kinds of records, of `RECALL_KINDS`.
-      filler: texts whose paragraphs the needles are hidden in; none hides each needle among others.
-      answer_loss_only: learn the answer and `eos_id` only, not the context and the question.
-      digits, key_style, value_style: as for `needle_record`, for all kinds.
-      questions: at most so many a record, each with its answer, where the context holds so many facts ("multi_key" and
-        "json_kv"): more to learn from a row.
-
-    Raises:
-      ValueError: if `num_records` or `kinds` is empty, or `row_length` is too short for a record or not whole units.
-    """
-    layout.num_units(row_length)
-    if num_records < 1 or not kinds:
-        raise ValueError(
-            f"num_records={num_records} of kinds={tuple(kinds)} is nothing; ask for one record of one kind at least"
-        )
-    haystack = paragraphs(filler)
-    documents, masks = [], []
-    for index in range(num_records):
-        rng, kind = np.random.default_rng([seed, index]), kinds[index % len(kinds)]
-        options = dict(filler=haystack, digits=digits, key_style=key_style, value_style=value_style)
-        options["count_tokens"] = lambda text: len(tokenizer.encode(text))
-        shares = questions if kind in ("multi_key", "json_kv") else 1
-        record = recall_record(kind, rng, num_tokens=row_length - 2, **options)
-        if shares > 1:  # a shorter context leaves room for the other questions
-            length = len(tokenizer.encode(record.question)) + len(tokenizer.encode(record.answer)) + QUESTION_SLACK
-            room = min((shares - 1) * length, (row_length - 2) // 2)
-            record = recall_record(kind, rng, num_tokens=row_length - 2 - room, **options)
-        asked = [(record.question, record.answer), *(further_questions(record, rng, shares - 1) if shares > 1 else ())]
-        tokens, learned = [tokenizer.encode(record.context, bos=True)], []
-        learned.append(np.zeros(len(tokens[0]), bool))
-        for question, answer in asked:
-            pair = tokenizer.encode(question), tokenizer.encode(answer)
-            if sum(map(len, (*tokens, *pair))) >= row_length:
-                break
-            tokens += pair
-            learned += [np.zeros(len(pair[0]), bool), np.ones(len(pair[1]), bool)]
-        documents.append(np.append(np.concatenate(tokens), tokenizer.eos_id).astype(np.int32))
-        masks.append(np.append(np.concatenate(learned), True) | (not answer_loss_only))
-    return pack_documents(documents, row_length=row_length, layout=layout, pad_id=tokenizer.pad_id, loss_masks=masks)

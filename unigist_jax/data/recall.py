@@ -121,7 +121,7 @@ def needle_record(
     """
     depth = _check_and_draw_depth(rng, depth, digits, key_style, value_style)
     taken: set[str] = set()
-    key, value = _draw_pair(rng, key_style, value_style, digits, taken)
+    key, value = draw_pair(rng, key_style, value_style, digits, taken)
     needle = NEEDLE.format(values=value_style, key=key, value=value)
     question = NEEDLE_QUESTION.format(value_noun=VALUE_NOUNS[value_style], key=key)
     answer = ANSWER.format(value=value)
@@ -161,8 +161,8 @@ def multi_value_record(
     depth = _check_and_draw_depth(rng, depth, digits, key_style, value_style)
     depths = sorted([depth, *rng.random(num_values - 1).tolist()])
     taken: set[str] = set()
-    key, _ = _draw_pair(rng, key_style, value_style, digits, taken)
-    values = tuple(_draw_pair(rng, key_style, value_style, digits, set())[1] for _ in depths)
+    key, _ = draw_pair(rng, key_style, value_style, digits, taken)
+    values = tuple(draw_pair(rng, key_style, value_style, digits, set())[1] for _ in depths)
     question = VALUES_QUESTION.format(values=value_style, key=key)
     answer = ANSWER.format(value=", ".join(values))
     pieces = _haystack(rng, filler, key_style, value_style, digits, taken)
@@ -200,8 +200,8 @@ def json_kv_record(
     """
     depth = _check_and_draw_depth(rng, depth, digits, key_style, value_style)
     taken: set[str] = set()
-    key, value = _draw_pair(rng, key_style, value_style, digits, taken)
-    others = (_draw_pair(rng, key_style, value_style, digits, taken) for _ in itertools.count())
+    key, value = draw_pair(rng, key_style, value_style, digits, taken)
+    others = (draw_pair(rng, key_style, value_style, digits, taken) for _ in itertools.count())
 
     def context(pairs: list[tuple[str, str]]) -> str:
         place = round(depth * len(pairs))
@@ -238,15 +238,23 @@ def _haystack(
     rng: np.random.Generator, filler: Sequence[str], key_style: str, value_style: str, digits: int, taken: set[str]
 ) -> Iterator[str]:
     """Endless pieces of text to hide needles among: words of the filler, or needles of other keys."""
-    if filler and not any(paragraph.strip() for paragraph in filler):
+    if filler:
+        yield from haystack_words(rng, filler)
+    while True:
+        key, value = draw_pair(rng, key_style, value_style, digits, taken)
+        yield "\n" + NEEDLE.format(values=value_style, key=key, value=value)
+
+
+def haystack_words(rng: np.random.Generator, filler: Sequence[str]) -> Iterator[str]:
+    """The words of paragraphs without end, from a drawn one on, each with the white space before it.
+
+    Raises:
+      ValueError: if the paragraphs hold no words.
+    """
+    if not any(paragraph.strip() for paragraph in filler):
         raise ValueError("the filler holds no words; give paragraphs of text, or none for a haystack of needles")
-    first = int(rng.integers(len(filler))) if filler else 0
-    for index in itertools.count(first):
-        if filler:
-            yield from re.findall(r"\s*\S{1,40}", "\n\n" + filler[index % len(filler)].strip("\n"))
-        else:
-            key, value = _draw_pair(rng, key_style, value_style, digits, taken)
-            yield "\n" + NEEDLE.format(values=value_style, key=key, value=value)
+    for index in itertools.count(int(rng.integers(len(filler)))):
+        yield from re.findall(r"\s*\S{1,40}", "\n\n" + filler[index % len(filler)].strip("\n"))
 
 
 def _longest_context(
@@ -296,7 +304,7 @@ def _check_and_draw_depth(
     return depth
 
 
-def _draw_pair(
+def draw_pair(
     rng: np.random.Generator, key_style: str, value_style: str, digits: int, taken: set[str]
 ) -> tuple[str, str]:
     """A key that is not in `taken`, which it then joins, and a value."""
@@ -312,6 +320,15 @@ def _draw_pair(
     if value_style == "words":
         return key, _draw_words(rng, adjectives=1)
     return key, str(rng.integers(1, 10)) + "".join(map(str, rng.integers(0, 10, size=digits - 1)))
+
+
+def recall_sentences(seed: int, count: int, digits: int) -> Iterator[str]:
+    """Needles and questions, for a tokenizer that is to know their words."""
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        key, value = draw_pair(rng, "word", "numbers", digits, set())
+        yield NEEDLE.format(values="numbers", key=key, value=value)
+        yield NEEDLE_QUESTION.format(value_noun="number", key=key) + ANSWER.format(value=value)
 
 
 def _draw_uuid(rng: np.random.Generator) -> str:

@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 from unigist_jax.config import MeshConfig, RunConfig, config_differences
 from unigist_jax.data import PackedRows, Tokenizer, TrainData, eval_batches
 from unigist_jax.data.from_config import heldout_rows, recall_rows, run_tokenizer, train_data
+from unigist_jax.data.recall_rows import PAIRS
 from unigist_jax.layout import GistLayout
 from unigist_jax.model import Llama
 from unigist_jax.model.hf import load_hf
@@ -165,7 +166,15 @@ def _read_data(run: RunConfig, tokenizer: Tokenizer) -> tuple[TrainData, Callabl
 def heldout_recall_rows(run: RunConfig, tokenizer: Tokenizer) -> PackedRows:
     """Recall records that training never draws, the loss mask on their answers."""
     records = run.train.eval_recall_rows
-    asked = dataclasses.replace(run.data, recall_records=records, recall_answer_only=True, recall_questions=1)
+    kinds = [kind for kind in run.data.recall_kinds.split(",") if kind != PAIRS]
+    asked = dataclasses.replace(
+        run.data,
+        recall_records=records,
+        recall_kinds=",".join(kinds or ["multi_key"]),
+        recall_answer_only=True,
+        recall_questions=1,
+        recall_interleaved=False,
+    )
     return recall_rows(asked, run.gist, tokenizer, RECALL_SEED, split="heldout")
 
 
