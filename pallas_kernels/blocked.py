@@ -221,7 +221,7 @@ def causal_attention(
     begin: jax.Array | None = None,
     block: BlockSizes = BlockSizes(),
 ) -> Float[Array, "B T Hq D"]:
-    """Full causal attention, for the sinks among themselves and for models without gists.
+    """Full causal attention, for models without gists.
 
     Args:
       begin: int32 [B, T], first visible key of each query (the start of its document); None: 0.

@@ -43,6 +43,11 @@ class PackedRows:
     def row_length(self) -> int:
         return self.tokens.shape[1]
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether any row holds more than one document."""
+        return bool(self.doc_start.any())
+
     def take(self, rows: np.ndarray) -> PackedRows:
         """The rows of these numbers, in this order."""
         return PackedRows(self.tokens[rows], self.doc_start[rows], self.loss_mask[rows])

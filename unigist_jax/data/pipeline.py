@@ -30,6 +30,9 @@ class Rows(Protocol):
 
     row_length: int
 
+    @property
+    def is_packed(self) -> bool: ...
+
     def __len__(self) -> int: ...
 
     def take(self, rows: np.ndarray) -> PackedRows: ...
@@ -63,6 +66,7 @@ class TrainData:
         if any(weight and not len(rows) for rows, weight in zip(sources, weights, strict=True)):
             raise ValueError("a source of a mixture has no rows; leave it out, or give it the weight 0")
         self.batch_size = batch_size
+        self.is_packed = any(rows.is_packed for rows, weight in zip(sources, weights, strict=True) if weight)
         self._sources = list(sources)
         self._ends = np.cumsum([len(rows) for rows in sources])
         self._order = _row_order([len(rows) for rows in sources], weights, seed).batch(batch_size)

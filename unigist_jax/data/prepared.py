@@ -121,6 +121,11 @@ class PreparedRows:
         self._folders = [folder for folder, _ in shards]
         self._ends = np.cumsum([rows for _, rows in shards], dtype=np.int64)
 
+    @property
+    def is_packed(self) -> bool:
+        """True: the files are not read through for it."""
+        return True
+
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import GistKV, decode_attention, gist_attention
 from pallas_kernels.backends import target_device
 from pallas_kernels.blocked import causal_attention
+from pallas_kernels.reference import masked_attention
 from unigist_jax.context import AXIS, Placement, all_gists, raws_before
 from unigist_jax.layout import GistLayout, split_segment
 from unigist_jax.model.config import LlamaConfig
@@ -199,5 +200,9 @@ def cudnn_attention(
 def sink_attention(
     q: Float[Array, "1 s Hq D"], k: Float[Array, "1 s Hkv D"], v: Float[Array, "1 s Hkv D"]
 ) -> Float[Array, "1 s Hq D"]:
-    """Causal attention of the sinks among themselves, on each device's heads."""
-    return _on_each_device(causal_attention, (_SHARED_HEADS,) * 3, _SHARED_HEADS, q, k, v)
+    """Causal attention of the sinks among themselves, on each device's heads; dense, since they are few."""
+
+    def attend(q, k, v):
+        return masked_attention(q, k, v, jnp.tri(q.shape[1], dtype=bool)[None])
+
+    return _on_each_device(attend, (_SHARED_HEADS,) * 3, _SHARED_HEADS, q, k, v)

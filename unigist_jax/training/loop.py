@@ -99,13 +99,13 @@ def train(
             f"{_num_parameters(state.model):,} parameters on {jax.device_count()} {jax.devices()[0].device_kind} "
             f"device(s), steps {start} to {end}"
         )
-        to_devices = _device_batches(mesh)
+        to_devices, for_training = _device_batches(mesh), _device_batches(mesh, data.is_packed)
         profiler = closing.enter_context(Profiler(workdir, watch.profile_steps))
         for step in range(start, end):
             profiler(step)
             local = data.local_batch(step, jax.process_index(), jax.process_count())
             layout = layout_of_step(run, step)
-            state, metrics = train_step(state, to_devices(local), teacher=teacher, layout=layout)
+            state, metrics = train_step(state, for_training(local), teacher=teacher, layout=layout)
             report(step + 1, layout, metrics)
             preempted = told_to_end(step + 1) and step + 1 < end
             if preempted:  # saves first: an evaluation may take longer than the time that is left
@@ -207,10 +207,19 @@ def _hf_model(run: RunConfig, directory: str, mesh: jax.sharding.Mesh) -> Llama:
     return model
 
 
-def _device_batches(mesh: jax.sharding.Mesh) -> Callable[[dict[str, np.ndarray]], Batch]:
-    """Turns a process's rows into the global batch on the mesh."""
+def _device_batches(mesh: jax.sharding.Mesh, is_packed: bool = True) -> Callable[[dict[str, np.ndarray]], Batch]:
+    """Turns a process's rows into the global batch on the mesh; rows that are one document each go without borders."""
     sharding = batch_sharding(mesh)
-    return lambda local: Batch(**{k: jax.make_array_from_process_local_data(sharding, v) for k, v in local.items()})
+
+    def to_devices(local: dict[str, np.ndarray]) -> Batch:
+        arrays = {
+            k: jax.make_array_from_process_local_data(sharding, v)
+            for k, v in local.items()
+            if is_packed or k != "doc_start"
+        }
+        return Batch(**{"doc_start": None, **arrays})
+
+    return to_devices
 
 
 def _first_process_then_all(action: Callable):

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from pallas_kernels.backends import target_device
 from unigist_jax.config import RunConfig
 from unigist_jax.layout import GistLayout, refined_starts
 from unigist_jax.model import Llama, init_llama
@@ -143,7 +144,10 @@ def make_train_step(run: RunConfig, mesh: jax.sharding.Mesh) -> Callable[..., tu
         # Left to itself the compiler may choose another layout, and the second step would be compiled anew.
         return jax.lax.with_sharding_constraint(state, tree_shardings(mesh, state)), metrics
 
-    return jax.jit(train_step, donate_argnums=0, static_argnames="layout")
+    # `model.remat` says what is computed again. XLA's own pass, where it finds memory short, recomputes the head's
+    # products and frees nothing.
+    options = {"xla_disable_hlo_passes": "rematerialization"} if target_device().platform in ("gpu", "cuda") else None
+    return jax.jit(train_step, donate_argnums=0, static_argnames="layout", compiler_options=options)
 
 
 def _gradient_in_parts(gradient: Callable, trained: Any, batch: Batch, parts: int) -> tuple[Any, dict[str, Array]]:
