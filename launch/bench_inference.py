@@ -56,7 +56,7 @@ _CHUNK_SIZES = flags.DEFINE_list("chunk_sizes", ["4096", "8192", "16384", "32768
 _LIMIT_GIB = flags.DEFINE_float(
     "limit_gib", 40.0, "limit: GiB that the process may use of the device", lower_bound=1e-3
 )
-_LIMIT_TOKENS = flags.DEFINE_list("limit_tokens", ["188416", "180224"], "limit: tokens tried, over the ratio")
+_LIMIT_TOKENS = flags.DEFINE_list("limit_tokens", ["180224", "163840"], "limit: tokens tried, over the ratio")
 _LIMIT_CHUNK = flags.DEFINE_integer("limit_chunk", 2048, "limit: raws of a prefill chunk")
 _OVERHEAD_GIB = flags.DEFINE_float("overhead_gib", 0.75, "limit: GiB of it kept for the driver's context and programs")
 _TIMEOUT = flags.DEFINE_integer(

@@ -15,7 +15,15 @@ from absl import flags
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from launch.flags import define_chat, define_tensor, define_workdir, run_main, tensor_mesh, user_message
+from launch.flags import (
+    check_system,
+    define_chat,
+    define_tensor,
+    define_workdir,
+    run_main,
+    tensor_mesh,
+    user_message,
+)
 from unigist_jax.checkpoints import load_directory
 from unigist_jax.inference import for_inference, full_cache_bytes, prefill
 from unigist_jax.inference.cache_file import save_cache
@@ -36,6 +44,7 @@ def main(_: list[str]) -> None:
 
 
 def _compress(mesh: Mesh | None) -> None:
+    check_system(_CHAT.value, _SYSTEM.value)
     text = Path(_DOCUMENT.value).read_text()
     loaded = load_directory(_WORKDIR.value, mesh)
     model, tokenizer = for_inference(loaded.model), loaded.tokenizer

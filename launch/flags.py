@@ -74,6 +74,12 @@ def define_chat(text: str) -> tuple[flags.FlagHolder[bool], flags.FlagHolder[str
     return chat, flags.DEFINE_string("system", None, "with --chat: the system message")
 
 
+def check_system(chat: bool, system: str | None) -> None:
+    """Raises ValueError for a system message without --chat."""
+    if system and not chat:
+        raise ValueError(f"--system={system!r} without --chat: plain text has no messages; give --chat too")
+
+
 def user_message(text: str, system: str | None) -> list[dict[str, str]]:
     """A conversation of one user's message, behind a system message if there is one."""
     messages = [{"role": "user", "content": text}]

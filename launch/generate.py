@@ -14,7 +14,15 @@ from pathlib import Path
 from absl import flags
 from jax.sharding import Mesh
 
-from launch.flags import define_chat, define_tensor, define_workdir, run_main, tensor_mesh, user_message
+from launch.flags import (
+    check_system,
+    define_chat,
+    define_tensor,
+    define_workdir,
+    run_main,
+    tensor_mesh,
+    user_message,
+)
 from unigist_jax.checkpoints import load_directory
 from unigist_jax.data import StreamDecoder, Tokenizer
 from unigist_jax.inference import Sampling, for_inference, full_cache_bytes, generate
@@ -48,6 +56,7 @@ def _generate(mesh: Mesh | None) -> None:
     texts += [Path(name).read_text() for name in _PROMPT_FILE.value or []]
     if not texts:
         raise ValueError("nothing to continue; give --prompt or --prompt_file")
+    check_system(_CHAT.value, _SYSTEM.value)
     _check_flags_with_cache()
     sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
     loaded = load_directory(_WORKDIR.value, mesh)

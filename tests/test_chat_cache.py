@@ -27,5 +27,6 @@ def test_questions_behind_a_document_are_one_message_with_it(command, tmp_path):
     whole = f"--prompt={document.rstrip()}\n\nWhat?"
     alone = command("generate", *model, "--chat", "--system=Be brief.", whole, "--max_new_tokens=7")
     assert asked.out.split("\n[")[0] == alone.out.split("\n[")[0] != ""
+    assert_refused(command("compress", *model, *source, "--system=Be brief."), "--system='Be brief.' without --chat")
     plain = command("generate", *model, f"--cache={file}", "--prompt=What?")
     assert_refused(plain, f"{file} ends within a user's message", "give --chat")
