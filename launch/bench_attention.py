@@ -34,7 +34,7 @@ from absl import flags
 
 from launch import attention_report, peers
 from launch.flags import run_main
-from launch.timing import Contender, bf16, ceilings, contender, milliseconds, normals
+from launch.timing import Contender, bf16, ceilings, contender, milliseconds, normals, warm_up
 from pallas_kernels.backends import BACKENDS, choose, usable_backends
 from pallas_kernels.decode_attention import decode_attention, padded_slots
 from pallas_kernels.gist_attention import GistKV
@@ -233,20 +233,22 @@ def attempt(action: Callable) -> tuple[object, float]:
     return result, round(time.perf_counter() - start, 1)
 
 
-def measured(jobs: list[Job], threads: int, budget: float) -> Iterator[tuple[str, dict]]:
-    """Compiles all jobs in `threads` threads, then takes one measurement after another: their kinds and rows.
-
-    Nothing compiles while anything is timed. No measurement begins later than `budget` seconds (0: no limit) from now.
-    """
+def compiled(jobs: list[Job], threads: int) -> list[tuple[object, float]]:
+    """Compiles all jobs in `threads` threads: what `attempt` gives of each."""
     begin = time.perf_counter()
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         prepared = list(pool.map(lambda job: attempt(job.prepare), jobs))
     print(f"compiled {len(jobs)} cases in {time.perf_counter() - begin:.0f} s", flush=True)
+    return prepared
+
+
+def measured(jobs: list[Job], prepared: list[tuple[object, float]], end: float) -> Iterator[tuple[str, dict]]:
+    """Takes one measurement after another, none from time `end` on: their kinds and rows."""
     for job, (measure, compiling) in zip(jobs, prepared, strict=True):
         row, timing = measure, 0.0
         if callable(measure):
-            if budget and time.perf_counter() - begin > budget:
-                row = {"reason": f"not begun within {budget:g} s"}
+            if time.perf_counter() > end:
+                row = {"reason": "not begun within the budget"}
             else:
                 row, timing = attempt(measure)
         yield job.kind, job.key | row | {"compile_seconds": compiling, "seconds": timing}
@@ -287,6 +289,7 @@ def main(_: list[str]) -> None:
     out = Path(OUT.value) if OUT.value else None
     if out:
         out.mkdir(parents=True, exist_ok=True)
+    warm_up()
     result = {
         "command": " ".join(["python -m launch.bench_attention", *(x for x in sys.argv[1:] if "--out" not in x)]),
         "device": jax.devices()[0].device_kind,
@@ -297,7 +300,11 @@ def main(_: list[str]) -> None:
         "ceilings": ceilings(REPEATS.value),
     }
     print(result, flush=True)
-    for kind, row in measured(all_jobs(backends, result["ceilings"]), COMPILE_THREADS.value, BUDGET.value):
+    end = time.perf_counter() + (BUDGET.value or math.inf)
+    jobs = all_jobs(backends, result["ceilings"])
+    prepared = compiled(jobs, COMPILE_THREADS.value)
+    warm_up()
+    for kind, row in measured(jobs, prepared, end):
         result.setdefault(kind, []).append(row)
         print(kind, *(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
         if out:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -29,14 +30,19 @@ def milliseconds(fn: Callable, *args, repeats: int = 10) -> float:
         return (time.perf_counter() - begin) / calls
 
     jax.block_until_ready(fn(*args))
-    one = sample(1)
-    calls = max(1, round(WINDOW_SECONDS / one))
-    if calls == 1:
-        samples = [one, *(sample(1) for _ in range(repeats - 1))]
-    else:
-        sample(calls)
-        samples = [sample(calls) for _ in range(repeats)]
-    return statistics.median(samples) * 1e3
+    calls, one = 1, sample(1)
+    while calls * one < WINDOW_SECONDS:  # the first calls are slower than the others
+        calls = math.ceil(1.2 * WINDOW_SECONDS / one)
+        one = sample(calls)
+    return statistics.median([one, *(sample(calls) for _ in range(repeats - 1))]) * 1e3
+
+
+def warm_up(seconds: float = 1.0) -> None:
+    """Keeps the device busy with matrix products until its clocks are up."""
+    x, product = jnp.ones((4096, 4096), jnp.bfloat16), jax.jit(jnp.matmul)
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        jax.block_until_ready([product(x, x) for _ in range(50)])
 
 
 def with_backward(attend: Callable) -> tuple[Callable, Callable]:
