@@ -9,8 +9,7 @@ A backend is a module with four functions, imported when it is first asked for:
 
   |             | runs on                                      | chosen by None                       |
   |-------------|----------------------------------------------|--------------------------------------|
-  | "hopper"    | GPUs of compute capability 9.x, jax >= 0.11  | first, where it takes the arguments, |
-  |             |                                              | but not at head dim 64               |
+  | "hopper"    | GPUs of compute capability 9.x, jax >= 0.11  | first, where it takes the arguments  |
   | "triton"    | NVIDIA GPUs from compute capability 8.0 on,  | next, where it takes the arguments   |
   |             | with the packages triton and jax-triton      |                                      |
   | "tpu"       | TPUs                                         | first, where it takes the arguments  |
@@ -133,7 +132,7 @@ def choose(name: str | None, q, kv, layout, decode: bool = False) -> tuple[str, 
     """
     check_name(name)
     if name is None:
-        return min(_able(q, kv, layout, decode), key=lambda able: _only_by_name(able[0], q))  # the first of equals
+        return next(_able(q, kv, layout, decode))
     reason = BACKENDS[name].obstacle(target_device())
     if reason is None:
         reason = _refusal(name, q, kv, layout, decode)
@@ -146,11 +145,6 @@ def choose(name: str | None, q, kv, layout, decode: bool = False) -> tuple[str, 
 def target_device():
     """The device that backends are chosen for: that of `compiling_for`, or this machine's first."""
     return _TARGET.get() or jax.devices()[0]
-
-
-def _only_by_name(name: str, q) -> bool:
-    """Whether None passes a backend over: Hopper's kernels at head dim 64, which no GPU has run as they are."""
-    return name == "hopper" and q.shape[-1] == 64
 
 
 def _refusal(name: str, q, kv, layout, decode: bool) -> str | None:

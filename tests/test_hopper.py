@@ -41,7 +41,7 @@ def test_refuses_mixed_dtypes_and_too_many_heads_to_decode():
     q, kv = kernel_cases.inputs(case)[:2]
     assert hopper.refusal(q, kv, case.layout) is None
     assert "got 33" in hopper.decode_refusal(q, kv, case.layout)
-    assert "head dims (128,), got 64" in hopper.decode_refusal(q[:, :, :32], kv, case.layout)
+    assert hopper.decode_refusal(q[:, :, :32], kv, case.layout) is None
     assert "float16" in hopper.refusal(q.astype(jnp.float16), kv, case.layout)
 
 
@@ -156,14 +156,14 @@ elif sys.argv[3] == "backward":
 else:
     step = lambda q, kv, i: hopper.decode(q, kv, layout, i)
     compiled = jax.jit(step).lower(shaped(jnp.bfloat16, 1, 2, 8, dim), keys(136), shaped(jnp.int32, 1)).compile()
-    copies = re.findall(r".* (?:copy|pad|concatenate|transpose)\(.*", compiled.as_text())
+    moves = re.compile(r" (?:copy|pad|concatenate|transpose)\(")
+    copies = [line for line in compiled.as_text().splitlines() if moves.search(line)]  # the kernel is one long line
     assert not copies, copies  # of the cache, the queries or the output
 """
 
 
-@pytest.mark.parametrize(
-    ("kernel", "dim"), [("forward", 64), ("forward", 128), ("backward", 64), ("backward", 128), ("decode", 128)]
-)
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("kernel", ["forward", "backward", "decode"])
 def test_compiles_for_an_h100(kernel, dim):
     pytest.importorskip("jax_cuda13_plugin", reason="needs jax's CUDA plugin and ptxas (nvidia-cuda-nvcc)")
     env = os.environ | {"JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_PTXAS": "1", "PYTHONPATH": os.getcwd()}

@@ -35,14 +35,14 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.backends import refusal_of
-from pallas_kernels.hopper.op import DTYPES, pad_keys
+from pallas_kernels.hopper.op import DTYPES, HEAD_DIMS, pad_keys
 from unigist_jax.layout import GistLayout
 
-HEAD_DIMS = (128,)  # 64 gave wrong numbers on an H100 for longer caches, for a reason not found yet
 KEYS = 64
 ROWS = 64
 BLOCKS = 132  # multiprocessors of an H100 or H200
 SHARED_BYTES = 226 * 1024  # of a block; 1 KiB less than there are, for barriers and alignment
+MERGED_ROWS = 128  # of partial results, read at once by a merge: it waits for memory, not for arithmetic
 MASKED = -1e9
 WGMMA = plgpu.Layout.WGMMA
 PER_ROW = plgpu.Layout.WGMMA.reduce(1)
@@ -96,7 +96,7 @@ def decode(
     part_rows = -(-2 * group // 8) * 8
     scale = dim**-0.5 * math.log2(math.e)
     across_rows = rows_layout(dim)
-    together = ROWS // part_rows  # partial results that a merge reads at once: it waits for memory, not for arithmetic
+    together = MERGED_ROWS // part_rows
     if stages is None:
         fixed = ROWS * dim * (4 + q.dtype.itemsize) + part_rows * dim * q.dtype.itemsize + 4 * 1024
         stages = min(10, (SHARED_BYTES - fixed) // (4 * KEYS * dim * q.dtype.itemsize) * 2)
@@ -151,8 +151,6 @@ def decode(
             unit = lax.div(newest, layout.ratio)
             mine = first + lax.rem(first - begin + wg, jnp.int32(2))  # the run's even or odd tiles, across segments
             plgpu.barrier_wait(q_filled)
-            queries = plgpu.load(q_smem, layout=WGMMA, optimized=False)
-            plgpu.barrier_arrive(q_freed)
 
             def mask(scores, source, tile):
                 row, key = (plgpu.broadcasted_iota(jnp.int32, scores.shape, i, layout=WGMMA) for i in (0, 1))
@@ -171,6 +169,8 @@ def decode(
                 index = mine + 2 * serial
                 slot = lax.rem(index - begin, jnp.int32(stages))
                 source, tile = locate(b, index - start)
+                # anew in each step: kept in registers across steps, ptxas of CUDA 13.0 lets others overwrite them
+                queries = plgpu.load(q_smem, layout=WGMMA, optimized=False)
                 plgpu.barrier_wait(filled.at[slot])
 
                 def scores_of(scores_ref):
@@ -197,7 +197,9 @@ def decode(
                 plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), PER_ROW),
                 plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), PER_ROW),
             )
-            return lax.fori_loop(0, lax.div(last - mine + 1, 2), step, state)
+            state = lax.fori_loop(0, lax.div(last - mine + 1, 2), step, state)
+            plgpu.barrier_arrive(q_freed)
+            return state
 
         @pl.when(wg == 1)
         def _hand_over():
