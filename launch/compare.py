@@ -1,8 +1,9 @@
 """Evaluates every run of a sweep over methods, the training-free methods on its run `full`, and collects one table.
 
   python -m launch.compare --sweep=runs/llama_8m-methods_8m --tasks=needle,mk2 --lengths=512,1024 --chunk_size=256
+  python -m launch.compare --workdirs=runs/full,runs/unigist --output=runs/compared --training_free=
 
-Writes DIR/comparison.md, comparison.json and two plots, DIR = --output or SWEEP/comparison. The evaluations lie
+Writes DIR/comparison.md, comparison.json and three plots, DIR = --output or SWEEP/comparison. The evaluations lie
 below it, and samples that are there are not computed again.
 """
 
@@ -15,13 +16,15 @@ from pathlib import Path
 from absl import flags
 
 from launch.flags import run_main
-from unigist_jax.evals import comparison
+from unigist_jax.evals import comparison, plots
 from unigist_jax.inference.methods import TRAINING_FREE
 from unigist_jax.sweeps.state import SweepDirectory
+from unigist_jax.training.metrics import read_metrics
 
 FULL = "full"
 
-_SWEEP = flags.DEFINE_string("sweep", None, "directory of launch.sweep", required=True)
+_SWEEP = flags.DEFINE_string("sweep", None, "directory of launch.sweep")
+_WORKDIRS = flags.DEFINE_list("workdirs", None, "work directories of launch.train, instead of a sweep's")
 _OUTPUT = flags.DEFINE_string("output", None, "directory of the results (default: SWEEP/comparison)")
 _METHODS = flags.DEFINE_list("training_free", list(TRAINING_FREE), "training-free methods for the run `full`")
 _TASKS = flags.DEFINE_list("tasks", ["needle", "mk2"], "recall tasks")
@@ -32,20 +35,34 @@ _CHUNK_SIZE = flags.DEFINE_integer("chunk_size", 512, "raws of a prefill chunk; 
 _BATCH = flags.DEFINE_integer("batch_size", 16, "sequences at a time", lower_bound=1)
 
 
+@flags.multi_flags_validator(
+    ["sweep", "workdirs", "output"], "give either --sweep, or --workdirs and where to write: --output"
+)
+def _one_source(values: dict) -> bool:
+    return bool(values["sweep"]) != bool(values["workdirs"]) and bool(values["sweep"] or values["output"])
+
+
 def main(_: list[str]) -> None:
-    directory = SweepDirectory(Path(_SWEEP.value))
+    workdirs = runs_of_sweep(Path(_SWEEP.value)) if _SWEEP.value else {Path(x).name: Path(x) for x in _WORKDIRS.value}
+    output = Path(_OUTPUT.value) if _OUTPUT.value else Path(_SWEEP.value) / "comparison"
+    rows = []
+    for name, workdir in workdirs.items():
+        evaluate(workdir, output / name, [FULL, *_METHODS.value] if name == FULL else None)
+        rows += comparison.rows_of_run(name, workdir, output / name)
+    print(comparison.write(rows, _CHUNK_SIZE.value, output))
+    plots.plot_training({name: read_metrics(workdir) for name, workdir in workdirs.items()}, output / "training.png")
+    print(f"wrote {output}/comparison.md, comparison.json and plots")
+
+
+def runs_of_sweep(path: Path) -> dict[str, Path]:
+    """The sweep's runs and their work directories. Raises ValueError if any is not done."""
+    directory = SweepDirectory(path)
     records = directory.read_existing()
     done = [name for name, record in records.items() if record.state == "done"]
     if len(done) < len(records):
         missing = sorted(set(records) - set(done))
         raise ValueError(f"{directory.path}: {', '.join(missing)} are not done; run launch.sweep again first")
-    output = Path(_OUTPUT.value) if _OUTPUT.value else directory.path / "comparison"
-    rows = []
-    for name in done:
-        evaluate(directory.workdir(name), output / name, [FULL, *_METHODS.value] if name == FULL else None)
-        rows += comparison.rows_of_run(name, directory.workdir(name), output / name)
-    print(comparison.write(rows, _CHUNK_SIZE.value, output))
-    print(f"wrote {output}/comparison.md, comparison.json and plots")
+    return {name: directory.workdir(name) for name in done}
 
 
 def evaluate(workdir: Path, output: Path, methods: list[str] | None) -> None:

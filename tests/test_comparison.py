@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from unigist_jax.evals import comparison
+from unigist_jax.evals import comparison, plots
 from unigist_jax.sweeps.spec import read_sweep, resolve
 
 FOLDER = Path(__file__).parent.parent / "configs" / "comparison"
@@ -53,5 +53,8 @@ def test_rows_are_those_of_the_files(tmp_path):
     assert "| full,seed=1 | yes | 1.00 (0.75) | 0.50 (0.75) | 12.35 | -0.500 | 1,280 | 3,000 |" in table
     assert "| snapkv | no | 0.25 (0.75) | 0.00 (0.75) |  |  | 1,280 |  |" in table
     assert json.loads((tmp_path / "comparison.json").read_text()) == rows
-    for name in ("perplexity_by_position", "recall_by_distance"):
+    plots.plot_training(
+        {"full": [{"step": 1, "loss": 2.0}, {"step": 1, "recall_answers": 0.5}]}, tmp_path / "training.png"
+    )
+    for name in ("perplexity_by_position", "recall_by_distance", "training"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")

@@ -29,6 +29,32 @@ def plot_loss(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure.savefig(path)
 
 
+def plot_training(metrics: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
+    """Runs beside each other by step, from the lines of their metrics.jsonl: training loss (mean of 10 lines), held-out
+    loss, and where it was evaluated recall of whole answers (solid) and of answer tokens (dashed)."""
+    from matplotlib.figure import Figure
+
+    panels = [("loss", "training loss, nats"), ("heldout_loss", "held-out loss, nats"), ("recall_answers", "recall")]
+    panels = [panel for panel in panels if any(panel[0] in line for lines in metrics.values() for line in lines)]
+    figure = Figure(figsize=(4.5 * len(panels), 4), dpi=110, layout="constrained")
+    for axes, (field, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for index, (name, lines) in enumerate(metrics.items()):
+            fields = [(field, "-", 10 if field == "loss" else 1)]
+            fields += [("recall_tokens", "--", 1)] if field == "recall_answers" else []
+            for key, style, span in fields:
+                points = [(line["step"], line[key]) for line in lines if key in line]
+                means = [
+                    (points[end - 1][0], sum(value for _, value in points[max(0, end - span) : end]) / min(span, end))
+                    for end in range(1, len(points) + 1)
+                ]
+                if means:
+                    axes.plot(*zip(*means, strict=True), style, color=f"C{index}", label=name, linewidth=1.2)
+        axes.set(xlabel="step", ylabel=label)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    figure.savefig(path)
+
+
 def plot_by_position(curves: Mapping[str, Mapping[str, Any]], chunk_size: int | None, path: Path) -> None:
     """Perplexity by position, one curve a name (`perplexity.bucketed`), with chunk borders marked."""
     figure, axes = _figure("Held-out perplexity by position", "position in the document (tokens)", "perplexity")
