@@ -9,8 +9,9 @@ barriers as on the device, each with its own parity of a barrier's phases. Copie
 memory begins as NaN.
 
 So it checks what a kernel computes, which tiles it visits, the protocol of its barriers (a wrong number of arrivals or
-a wrong parity ends in a deadlock or in wrong numbers) and the order of its additions. It does not check layouts in
-memory and registers, what is read before a copy or product has ended, or how numbers are rounded.
+a wrong parity ends in a deadlock or in wrong numbers), the order of its additions and where in its buffers it copies.
+It does not check layouts in memory and registers, what is read before a copy or product has ended, or how numbers are
+rounded.
 """
 
 from __future__ import annotations
@@ -201,13 +202,23 @@ def semaphore_wait(counter, value, decrement, memory_scope):
     here.block.wait_until(lambda: counter.array >= value, f"a counter to reach {value}")
 
 
+def check_alignment(shared: Ref) -> None:
+    """What the copy engine reads or writes in shared memory begins at a multiple of 128 bytes of its allocation."""
+    owner = shared.array if shared.array.base is None else shared.array.base
+    offset = shared.array.__array_interface__["data"][0] - owner.__array_interface__["data"][0]
+    if offset % 128:
+        raise ValueError(f"a copy at byte {offset} of its buffer {owner.shape}: the copy engine takes multiples of 128")
+
+
 def copy_gmem_to_smem(source, target, barrier):
+    check_alignment(target)
     target.array[...] = 0  # what lies outside
     target.array[tuple(map(slice, source.shape))] = source.array
     barrier_arrive(barrier)
 
 
 def copy_smem_to_gmem(source, target, reduction_op=None):
+    check_alignment(source)
     value = source.array[tuple(map(slice, target.shape))]
     target.array[...] = value if reduction_op is None else target.array + value
 
