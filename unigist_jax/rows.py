@@ -1,4 +1,4 @@
-"""Taking sequences of a batch by index, for every cache that has `select`."""
+"""Sequences of a batch: taking them by index, for every cache that has `select`, and writing one slot of each."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int32
 
 
 def select_rows(tree: Any, rows: Sequence[int]) -> Any:
@@ -24,3 +25,14 @@ def select_rows(tree: Any, rows: Sequence[int]) -> Any:
 
 
 _take = jax.jit(lambda tree, rows: jax.tree.map(lambda x: x[rows], tree))
+
+
+def set_slots(x: Array, index: Int32[Array, " B"], new: Array) -> Array:
+    """`x` [B, N, …] with `new` [B, …] in slot `index` of each sequence.
+
+    In a batch a slot beyond the last is dropped: that of a sequence which is full, and frozen. One sequence alone must
+    have room: it is updated in place without the kernels that would look whether it has.
+    """
+    if x.shape[0] == 1:
+        return jax.lax.dynamic_update_slice_in_dim(x, new[:, None], index[0], axis=1)
+    return x.at[jnp.arange(x.shape[0]), index].set(new)

@@ -31,7 +31,7 @@ from unigist_jax.model.layers import rotary
 from unigist_jax.model.llama import taken_layer
 from unigist_jax.pages import token_slots
 from unigist_jax.prompts import check_prompts, pad_prompts
-from unigist_jax.rows import select_rows
+from unigist_jax.rows import select_rows, set_slots
 from unigist_jax.sharding import constrain
 
 MLP_ROWS = 16_384  # rows of hidden states that the feed-forward takes at once
@@ -140,13 +140,13 @@ def _last_logits(model, x, lengths):
 
 def decode_logits(model: Llama, cache: FullCache, tokens: Int32[Array, " B"]) -> tuple[Float[Array, "B V"], FullCache]:
     """Appends one token to every sequence; float32 logits of the next one."""
-    rows, index_of = jnp.arange(tokens.shape[0]), cache.length
+    index_of = cache.length
     angles = rotary(model.config, index_of[:, None])
     x, layers = model.embed(tokens[:, None]), []
     for index, held in enumerate(cache.layers):
 
         def attend(q, k, v, held=held):
-            new = TokenKV(held.k.at[rows, index_of].set(k[:, 0]), held.v.at[rows, index_of].set(v[:, 0]))
+            new = TokenKV(set_slots(held.k, index_of, k[:, 0]), set_slots(held.v, index_of, v[:, 0]))
             no_sinks = jnp.zeros((0, *k.shape[2:]), k.dtype)
             kv = GistKV(no_sinks, no_sinks, *new, k, v)
             pair = jnp.concatenate([q, q], axis=1)  # the op's second row, that of the token's gist, is not needed

@@ -22,12 +22,12 @@ from unigist_jax.inference.gists import write_step
 from unigist_jax.model import Llama
 from unigist_jax.model.attention import step_attention
 from unigist_jax.model.layers import rotary
+from unigist_jax.rows import set_slots
 
 
 def decode_logits(model: Llama, cache: GistCache, tokens: Int32[Array, " B"]) -> tuple[Float[Array, "B V"], GistCache]:
     """`decode_step` before compilation, for use inside a larger jitted function."""
     layout = cache.layout
-    rows = jnp.arange(tokens.shape[0])
     raw_index = cache.length
     unit = raw_index // layout.ratio
     positions = layout.num_sinks + jnp.stack([raw_index, (unit + 1) * layout.ratio], axis=1)
@@ -39,7 +39,7 @@ def decode_logits(model: Llama, cache: GistCache, tokens: Int32[Array, " B"]) ->
         def attend(q, k, v, index=index):
             old = cache.layers[index]
             slot = raw_index % old.raw_k.shape[1]
-            raw_k, raw_v = old.raw_k.at[rows, slot].set(k[:, 0]), old.raw_v.at[rows, slot].set(v[:, 0])
+            raw_k, raw_v = set_slots(old.raw_k, slot, k[:, 0]), set_slots(old.raw_v, slot, v[:, 0])
             gist_k, all_gist_k = write_step(old.gist_k, k[:, 1], unit)
             gist_v, all_gist_v = write_step(old.gist_v, v[:, 1], unit)
             kv = cache.layer_kv(index, all_gist_k, all_gist_v, raw_k, raw_v)
@@ -58,8 +58,8 @@ def decode_step(model: Llama, cache: GistCache, tokens: Int32[Array, " B"]) -> t
 
     Args:
       model: the model that filled the cache.
-      cache: the cache; donated. Every sequence must hold fewer raws than `cache.capacity`: a full one would drop the
-        new gist (`generate` checks this before it starts).
+      cache: the cache; donated. Every sequence must hold fewer raws than `cache.capacity`: a full one would lose a gist
+        (`generate` checks this before it starts).
       tokens: the new raw of each sequence.
 
     Returns:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Num
 
 from unigist_jax.pages import PAGE
+from unigist_jax.rows import set_slots
 from unigist_jax.sharding import constrain
 
 GIST_DTYPES = ("int8", "float8_e4m3fn")
@@ -92,13 +93,13 @@ def write_step(
 ) -> tuple[Gists, Float[Array, "B G Hkv D"]]:
     """Writes one gist of each sequence to slot `unit`; the new store, and all gists as attention takes them.
 
-    Slots beyond the last are dropped: those of sequences that are full, and frozen.
+    Slots beyond the last are dropped as `set_slots` does.
     """
-    rows = jnp.arange(unit.shape[0])
     if not isinstance(gists, QuantizedGists):
-        gists = gists.at[rows, unit].set(new)
+        gists = set_slots(gists, unit, new)
         return gists, gists
-    page = gists.page.at[rows, unit % PAGE].set(new)
+    rows = jnp.arange(unit.shape[0])
+    page = set_slots(gists.page, unit % PAGE, new)
     values, scale = _quantize(page, gists.values.dtype)
     slots = unit[:, None] // PAGE * PAGE + jnp.arange(PAGE)
     gists = QuantizedGists(
