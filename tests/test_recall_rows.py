@@ -90,7 +90,6 @@ def test_interleaved_rows_ask_all_along_for_what_came_before(tokenizer, kind):
             assert text[: match.start()].count(f"numbers for {match[1]} is: {match[2]}.") == 1
         assert tokenizer.decode(row[1:][mask[:-1]]).split() == [match[2] for match in asked]
         facts_before_first_question.append(text[: asked[0].start()].count("numbers for"))
-        assert ("ome" in text) == (kind == "needle") or len(asked) == 1
     assert min(facts_before_first_question) == 1 < max(facts_before_first_question)
     with pytest.raises(ValueError, match="interleaved rows are of the kinds"):
         prepare_recall_rows(num_records=1, interleaved=True, **options | {"kinds": ("json_kv",)})

@@ -35,11 +35,12 @@ from unigist_jax.data.tokenize import Tokenizer
 from unigist_jax.layout import GistLayout
 
 QUESTION_SLACK = 8  # tokens by which questions of one record may differ in length
-MOST_QUESTIONS = 3  # behind a stretch of an interleaved row
+MOST_QUESTIONS = 3  # behind a short stretch of an interleaved row
 GROWTH = 1.3  # of its stretches
+FROM_ONE = 0.75  # share of interleaved rows whose first stretch is one fact
 PAIRS = "pairs"  # a kind of interleaved rows, beside those of `RECALL_KINDS`
 INTERLEAVED_KINDS = ("needle", "multi_key", PAIRS)
-PAIR_KEYS = (4, 64)  # the fewest and the most keys of a row of pairs
+PAIR_KEYS = (1, 64)  # the fewest and the most keys of a row of pairs
 
 
 class Part(NamedTuple):
@@ -153,12 +154,12 @@ def interleaved_parts(
     key_style: str,
     value_style: str,
 ) -> list[Part]:
-    """Stretches that grow until `num_tokens` are full, each followed by one to `MOST_QUESTIONS` questions.
+    """Stretches that grow while there is room in `num_tokens`, each followed by questions: at most three,
+    or a third of its needles.
 
-    Half of the rows begin with one fact, the others with a drawn number of them. A stretch of the kind "multi_key" is
+    Most rows begin with one fact, the others with up to half a row of them. A stretch of the kind "multi_key" is
     nothing but needles, one of the kind "needle" is text as long with fewer of them. Half of the questions are about
-    any fact of the row so far, half about those of the stretch before them. What room the next stretch does not fit
-    into is filled with further questions. There are at most `questions`.
+    any fact of the row so far, half about those of the stretch before them. There are at most `questions`.
     """
     if kind == PAIRS:
         return pair_parts(rng, num_tokens=num_tokens, count_tokens=count_tokens, digits=digits)
@@ -178,40 +179,37 @@ def interleaved_parts(
         return sum(count_tokens(part.text) for part in parts)
 
     example = draw_fact()
-    needle_cost, question_cost = count_tokens(needle(example)), cost(asked(example)) + QUESTION_SLACK
-    most = max(1, (num_tokens - question_cost) // (needle_cost + QUESTION_SLACK))
-    size = float(rng.choice([1.0, most ** rng.random()]))
+    needle_cost, question_cost = (
+        count_tokens("\n" + needle(example)) + 2,
+        cost(asked(example)) + QUESTION_SLACK,
+    )
+    most = max(1, num_tokens // 2 // needle_cost)
+    size = 1.0 if rng.random() < FROM_ONE else float(most ** rng.random())
     words = haystack_words(rng, filler) if kind == "needle" and filler else None
     facts: list[tuple[str, str]] = []
     parts: list[Part] = []
     left = num_tokens
-    while questions:
-        count = max(1, round(size))
+    while questions and (count := max(not parts, min(round(size), (left - question_cost) // needle_cost))) > 0:
         if words is None:
             new = [draw_fact() for _ in range(count)]
             text = "\n".join(map(needle, new))
         else:
             new = [draw_fact() for _ in range(int(rng.integers(1, 2 + count // 3)))]
             text = _among_words(rng, words, [*map(needle, new)], (count - len(new)) * needle_cost, count_tokens)
-        pool = new if rng.random() < 0.5 else [*facts, *new]
-        share = min(questions, int(rng.integers(1, MOST_QUESTIONS + 1)))
-        stretch = [Part(f"\n\n{text}" if parts else text)]
-        for index in rng.permutation(len(pool))[:share]:
-            stretch += asked(pool[index])
-        needed = cost(stretch)
-        if needed > left and parts:
-            break
+        stretch = Part(f"\n\n{text}" if parts else text)
+        left -= cost([stretch])
+        parts.append(stretch)
         facts += new
-        parts += stretch
-        left -= needed
-        questions -= share
         size *= GROWTH
-    for index in rng.permutation(len(facts))[:questions]:
-        more = asked(facts[index])
-        left -= cost(more)
-        if left < 0:
-            break
-        parts += more
+        pool = new if rng.random() < 0.5 else facts
+        share = int(rng.integers(1, max(MOST_QUESTIONS, count // 3) + 1))
+        for index in rng.permutation(len(pool))[: min(questions, share)]:
+            pair = asked(pool[index])
+            if cost(pair) > left:
+                return parts
+            parts += pair
+            left -= cost(pair)
+            questions -= 1
     return parts
 
 
