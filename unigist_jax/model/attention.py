@@ -13,7 +13,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import GistKV, decode_attention, gist_attention
+from pallas_kernels import GistKV, decode_attention, documents, gist_attention
 from pallas_kernels.backends import target_device
 from pallas_kernels.blocked import causal_attention
 from pallas_kernels.reference import masked_attention
@@ -159,17 +159,22 @@ def full_attention(
     k: Float[Array, "B T Hkv D"],
     v: Float[Array, "B T Hkv D"],
     begin: Int[Array, "B T"] | None,
+    unit: int = 1,
 ) -> Float[Array, "B T Hq D"]:
     """Plain causal attention on each device's rows and heads.
 
-    On NVIDIA GPUs rows of one document each go to cuDNN, which knows no documents; a batch that packs several into a
-    row takes the blocked path (slower, exact), chosen while the step runs.
+    On NVIDIA GPUs rows of one document each go to cuDNN, which knows no documents, and packed rows to the kernels of
+    gist attention (`pallas_kernels.documents`). What these do not take (documents that begin anywhere, say) takes the
+    blocked path (slower, exact), if a row of the batch packs documents, which is seen while the step runs.
 
     Args:
       begin: each query's first visible key, the start of its document; None: every row is one document.
+      unit: documents begin at multiples of it.
     """
 
     def attend(q, k, v, begin):
+        if documents.kernel(q, k, unit):
+            return documents.causal_documents(q, k, v, begin[:, ::unit] // unit)
         if not cudnn_takes(q, k):
             return causal_attention(q, k, v, begin)
         return jax.lax.cond(begin.any(), causal_attention, lambda q, k, v, _: cudnn_attention(q, k, v), q, k, v, begin)

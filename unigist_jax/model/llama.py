@@ -161,16 +161,16 @@ class Llama(nnx.Module):
     def _full_pass(self, tokens, doc_start, layout):
         begin = None if doc_start is None else jnp.repeat(doc_start * layout.ratio, layout.ratio, axis=1)
         angles = rotary(self.config, jnp.arange(tokens.shape[1]) - (0 if begin is None else begin))
-        return self.causal_pass(self.embed(tokens), angles, begin)
+        return self.causal_pass(self.embed(tokens), angles, begin, layout.ratio)
 
     def causal_pass(
-        self, x: Float[Array, "B P E"], angles: Rotary, begin: Int[Array, "B P"] | None = None
+        self, x: Float[Array, "B P E"], angles: Rotary, begin: Int[Array, "B P"] | None = None, unit: int = 1
     ) -> Float[Array, "B P E"]:
-        """Embeddings through all layers under causal attention; `begin`: the first position that each sees, None: 0."""
+        """Embeddings through all layers under causal attention; `begin`, `unit`: see `full_attention`."""
 
         def body(x, layer):
             x = constrain(x, "batch", None, None)
-            return layer(x, angles, lambda q, k, v: (full_attention(q, k, v, begin), None))
+            return layer(x, angles, lambda q, k, v: (full_attention(q, k, v, begin, unit), None))
 
         return self._through_layers(body, x)
 
