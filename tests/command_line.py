@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from quick_compiler import QUICK
+
 ROOT = Path(__file__).parent.parent
 LIBRARIES = ("jax", "flax.nnx", "optax", "orbax.checkpoint", "datasets", "sentencepiece", "matplotlib.figure", "grain")
 TIMEOUT = 200
@@ -24,7 +26,7 @@ class Finished(NamedTuple):
 
 
 def run_in_child(name, arguments, out, err):
-    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    os.environ["XLA_FLAGS"] = QUICK
     for descriptor, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
     os.chdir(ROOT)

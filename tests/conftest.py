@@ -1,25 +1,16 @@
 """Before anything imports the packages: eight virtual CPU devices, a quick compiler, and checked annotations.
 
-The tests compile many programs and run each for an instant, so XLA skips LLVM's costly passes. jaxtyping's annotations
-are checked by beartype here and nowhere else.
+jaxtyping's annotations are checked by beartype here and nowhere else.
 """
 
 import os
-from importlib.metadata import version
 
-JAX_0_10 = version("jax").startswith("0.10.")
+from quick_compiler import QUICK
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = " ".join(
-    [
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=0",
-        "--xla_llvm_disable_expensive_passes=true",
-        "--xla_cpu_use_fusion_emitters=false" if JAX_0_10 else "",  # later releases do not know it, nor need it
-    ]
-)
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {QUICK}"
 
-from jaxtyping import install_import_hook  # noqa: E402
+from jaxtyping import install_import_hook
 
 install_import_hook(["unigist_jax", "pallas_kernels"], "beartype.beartype")
 

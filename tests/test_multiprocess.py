@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from quick_compiler import QUICK
 from tiny_runs import SPEED, write_corpus
 
 from unigist_jax.training.metrics import read_metrics
@@ -50,8 +51,7 @@ def free_port():
 def start_training(config_file, workdir, devices, *flags):
     command = [sys.executable, "-m", "launch.train", f"--config={config_file}", f"--workdir={workdir}"]
     command += ["--platform=cpu", "--noprogress", *flags]
-    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {quick}"}
+    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK}"}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+from quick_compiler import QUICK
 
 from unigist_jax.config import default_config
 from unigist_jax.sharding import parameter_path
@@ -70,7 +71,7 @@ def write_quick_config(folder, steps):
 def quick_environment(folder):
     """Variables for runs in processes of their own: they compile quickly, and each program once for all of them."""
     return {
-        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+        "XLA_FLAGS": QUICK,
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
