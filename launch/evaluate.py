@@ -14,8 +14,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from absl import flags
@@ -47,6 +48,7 @@ _RECORDS = flags.DEFINE_integer("records", 32, "recall: records of each task", l
 _TASKS = flags.DEFINE_list("tasks", ["needle"], f"recall: which of {', '.join(recall.TASKS)}")
 _HELMET = flags.DEFINE_multi_string("helmet", [], "helmet: CATEGORY=FILE of your copy of its data; may be repeated")
 _HELMET_RECORDS = flags.DEFINE_integer("helmet_records", 100, "helmet: records of each file; 0: all", lower_bound=0)
+_HELMET_CHAT = flags.DEFINE_bool("helmet_chat", False, "helmet: each record a user's message, by the chat template")
 _BATCH = flags.DEFINE_integer("batch_size", 8, "sequences at a time", lower_bound=1)
 
 
@@ -164,8 +166,9 @@ def _helmet(evaluation: Evaluation) -> dict:
         records = helmet.read_helmet(Path(file), category, _HELMET_RECORDS.value)
         for method, layout in evaluation.layouts.items():
             name = f"{category}, {Path(file).stem}, {method}"
-            ask = functools.partial(helmet.evaluate_helmet, loaded.model, loaded.tokenizer, records, category)
-            samples = _logged(evaluation, "helmet", name, len(records), method, layout, ask)
+            chat = {"chat": _HELMET_CHAT.value}
+            ask = functools.partial(helmet.evaluate_helmet, loaded.model, loaded.tokenizer, records, category, **chat)
+            samples = _logged(evaluation, "helmet", name, len(records), method, layout, ask, chat)
             metric, score = helmet.CATEGORIES[category].metric, helmet.mean_score(samples)
             results[name] = {"category": category, "file": file, "method": method, "metric": metric, "score": score}
             print(f"helmet, {name}: {metric} {score:.1f} of {len(samples)} records")
@@ -201,10 +204,17 @@ def _recall(evaluation: Evaluation) -> dict:
 
 
 def _logged(
-    evaluation: Evaluation, suite: str, name: str, count: int, method: str, layout: GistLayout, ask: Callable
+    evaluation: Evaluation,
+    suite: str,
+    name: str,
+    count: int,
+    method: str,
+    layout: GistLayout,
+    ask: Callable,
+    options: Mapping = MappingProxyType({}),
 ) -> list[dict]:
     """The samples of one task and method: those on disk, and the rest as they come from `ask`."""
-    setting = evaluation.setting | dataclasses.asdict(layout) | {"name": name, "seed": recall.TEST_SEED}
+    setting = evaluation.setting | dataclasses.asdict(layout) | {"name": name, "seed": recall.TEST_SEED, **options}
     path = evaluation.directory / "samples" / f"{suite},{name.replace(', ', ',')},ratio={layout.ratio}.jsonl"
     log = SampleLog(path, setting | {"records": count})
     with tqdm(total=count, initial=len(log.samples), unit="record", desc=name) as bar:

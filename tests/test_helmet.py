@@ -7,10 +7,11 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from chat_tokenizer import write_chat_tokenizer
 
 from unigist_jax.data import Tokenizer
 from unigist_jax.evals import metrics
-from unigist_jax.evals.helmet import CATEGORIES, mean_score, read_helmet
+from unigist_jax.evals.helmet import CATEGORIES, encoded, mean_score, read_helmet
 from unigist_jax.layout import GistLayout
 from unigist_jax.model import LlamaConfig, init_llama
 
@@ -59,6 +60,19 @@ def test_bad_records_are_named(tmp_path):
         read_helmet(lines(tmp_path / "x", good, {"question": "q", "answers": []}), "rag")
     with pytest.raises(ValueError, match="holds no record"):
         read_helmet(lines(tmp_path / "y"), "rag")
+
+
+def test_a_chat_record_is_one_message_that_the_question_ends(tmp_path):
+    write_chat_tokenizer(tmp_path)
+    tokenizer = Tokenizer.load(tmp_path)
+    (record,) = read_helmet(lines(tmp_path / "x", {"context": "A story.", "question": "Who?", "answer": "x"}), "longqa")
+    context, question = encoded(record, tokenizer, chat=True)
+    whole = tokenizer.encode_chat([{"role": "user", "content": record.context + record.question}])
+    assert tokenizer.decode(context + question) == tokenizer.decode(whole)
+    assert tokenizer.decode(context).endswith("A story.") and tokenizer.decode(question).startswith(record.question)
+    assert context[:2] == whole[:2].tolist() and question[-2:] == whole[-2:].tolist()
+    plain = encoded(record, tokenizer, chat=False)
+    assert [tokenizer.decode(part) for part in plain] == [record.context, record.question]
 
 
 def test_metrics():

@@ -1,7 +1,8 @@
 """HELMET (princeton-nlp/HELMET) from the user's own copy of its data: reader, prompts and metrics of six categories.
 
 The context is read and compressed before the question is seen. Prompts are this project's own wording, so scores are to
-be compared within it. A record is one JSON line; what each category reads:
+be compared within it. For tuned models they can be a user's message by the tokenizer's chat template, which the context
+begins and the question ends. A record is one JSON line; what each category reads:
 
   rag        question, answers, ctxs [{title, text}]                 data/kilt/*.jsonl           SubEM
   rerank     query, ctxs [{id, label, text}]                         data/msmarco/*.jsonl        NDCG@5
@@ -11,7 +12,8 @@ be compared within it. A record is one JSON line; what each category reads:
   icl        context (solved examples), question, answer (label)                                 accuracy
   summary    context, answer (text or list)                                                      ROUGE-Lsum F1
 
-HELMET reads its long-QA, ICL and summary sets from other places at run time; export them to lines of this form.
+The last five may have demos [{question, answer}], solved examples in front of the context. HELMET reads its long-QA,
+ICL and summary sets from other places at run time; export them to lines of this form.
 """
 
 from __future__ import annotations
@@ -149,7 +151,7 @@ def _record(entry: Mapping[str, Any], category: str) -> HelmetRecord:
         labels = {str(ctx["id"]): float(ctx["label"]) for ctx in entry["ctxs"]}
     else:
         context, question, answers = entry["context"], entry.get("question", ""), entry["answer"]
-        if "demos" in entry and category == "recall":
+        if "demos" in entry:
             shown = [f"{demo['question']}\n{demo['answer']}" for demo in entry["demos"]]
             context = "\n\n".join([*shown, context])
     answers = [answers] if isinstance(answers, (str, int, float)) else answers
@@ -168,18 +170,19 @@ def evaluate_helmet(
     layout: GistLayout | None = None,
     chunk_size: int | None = None,
     batch_size: int = 8,
+    chat: bool = False,
     skip: int = 0,
     done: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> None:
     """Asks all records but the first `skip`, greedily; arguments as for `evals.recall.evaluate_recall`.
 
-    `done` is called with the samples of each batch: output, answers, score, tokens, cache_bytes.
+    `chat` makes each record a user's message; ValueError if the tokenizer has no chat template. `done` is called with
+    the samples of each batch: output, answers, score, tokens, cache_bytes.
     """
     chosen, kind = get_method(method, model), CATEGORIES[category]
     for start in range(skip, len(records), batch_size):
         batch = records[start : start + batch_size]
-        contexts = [tokenizer.encode(record.context, bos=True).tolist() for record in batch]
-        questions = [tokenizer.encode(record.question).tolist() for record in batch]
+        contexts, questions = zip(*(encoded(record, tokenizer, chat) for record in batch), strict=True)
         needed = max(map(len, contexts)) + max(map(len, questions)) + kind.max_new_tokens
         capacity = -(-needed // CAPACITY_STEP) * CAPACITY_STEP
         _, cache = chosen.prefill(model, contexts, capacity=capacity, chunk_size=chunk_size, layout=layout)
@@ -199,6 +202,15 @@ def evaluate_helmet(
             samples.append(sample | {"tokens": len(context), "cache_bytes": cache_bytes})
         if done is not None:
             done(samples)
+
+
+def encoded(record: HelmetRecord, tokenizer: Tokenizer, chat: bool) -> tuple[list[int], list[int]]:
+    """The ids of the context, which is compressed, and of the question behind it; see `evaluate_helmet`."""
+    if chat:
+        parts = tokenizer.encode_cut_chat([{"role": "user", "content": record.context}], record.question)
+    else:
+        parts = tokenizer.encode(record.context, bos=True), tokenizer.encode(record.question)
+    return parts[0].tolist(), parts[1].tolist()
 
 
 def mean_score(samples: Sequence[Mapping[str, Any]]) -> float:
