@@ -4,7 +4,7 @@
   python -m launch.bench_inference --out=docs/data --suites=latency --contexts=131072 --resume
   python -m launch.bench_inference --render=docs/data/bench_inference.json --into=docs/benchmarks.md
 
-After METHOD of the paper's table: a prompt of random tokens, 128 new ones, random weights of the exact shape in bf16.
+As for the paper's table: a prompt of random tokens, 128 new ones, random weights of the exact shape in bf16.
 Every case is a process of its own (launch/inference_case.py) that is ended after --timeout; its result is written to
 OUT/bench_inference.json as soon as it is there. Systems: unigist4, unigist8 and so on (the digits are the ratio), full
 (full attention here), transformers (Hugging Face's, on torch).

@@ -42,7 +42,7 @@ def folded(layout: GistLayout, num_units: int, heads: Heads) -> Contender:
 
 
 def gist_mask(layout: GistLayout, num_units: int):
-    """FlexAttention's `mask_mod` of a segment of `num_units` units that is one document: METHOD's closed forms.
+    """FlexAttention's `mask_mod` of a segment of `num_units` units that is one document: Eq. 3.
 
     Queries are [raws | gists], keys are [sinks | gists | raws].
     """

@@ -1,4 +1,4 @@
-"""The oracle of gist attention: dense, float32, at highest matmul precision, straight from the table of METHOD 3.
+"""The oracle of gist attention: dense, float32, at highest matmul precision, straight from the paper's Eq. 3.
 
 Axis legend
   B  batch                       Hq  query heads, Hkv  KV heads, D  head dim

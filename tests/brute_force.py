@@ -1,4 +1,4 @@
-"""An independent statement of METHOD 3, in causal (interleaved) order and plain Python: the tests' own oracle."""
+"""An independent statement of the paper's Eq. 3, in causal order and plain Python: the tests' own oracle."""
 
 import numpy as np
 
@@ -10,6 +10,13 @@ def interleaved_tokens(ratio, num_sinks, num_units):
         tokens += [("raw", unit * ratio + j, unit) for j in range(ratio)]
         tokens.append(("gist", unit, unit))
     return tokens
+
+
+def causal_order(layout, num_units):
+    """Index into the gist-shifted segment of each of its positions in causal order, x … x g x … x g …."""
+    raws = np.arange(num_units * layout.ratio).reshape(num_units, layout.ratio)
+    gists = num_units * layout.ratio + np.arange(num_units)[:, None]
+    return np.concatenate([raws, gists], axis=1).reshape(-1)
 
 
 def sees(query, key, k, document):

@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from brute_force import dense_attention, interleaved_mask
+from brute_force import causal_order, dense_attention, interleaved_mask
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
 from pallas_kernels import GistKV, blocked, decode_attention, gist_attention
 from pallas_kernels.blocked import BlockSizes, causal_attention
-from unigist_jax.layout import GistLayout, assemble_segment, causal_order, document_starts, split_segment, unit_starts
+from unigist_jax.layout import GistLayout, assemble_segment, document_starts, split_segment, unit_starts
 
 DIM = 8
 

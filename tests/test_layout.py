@@ -1,17 +1,16 @@
-"""GistLayout and its closed forms against the interleaved definition of METHOD 2-4."""
+"""GistLayout and its closed forms against the paper's definition in causal (interleaved) order."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from brute_force import interleaved_mask, interleaved_positions
+from brute_force import causal_order, interleaved_mask, interleaved_positions
 from hypothesis import given
 from hypothesis import strategies as st
 
 from unigist_jax.layout import (
     GistLayout,
     assemble_segment,
-    causal_order,
     document_starts,
     segment_positions,
     segment_ranges,

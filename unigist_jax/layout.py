@@ -123,7 +123,7 @@ class SegmentRanges(NamedTuple):
     raw_hi: Array
 
 
-# --- positions (METHOD 2: sinks 0..s-1, raw i at s + i, gist u at the position of the raw right after it) -------------
+# --- positions: sinks 0..s-1, raw i at s + i, gist u at the position of the raw right after it ------------------------
 
 
 def sink_positions(layout: GistLayout) -> np.ndarray:
@@ -212,7 +212,7 @@ def unit_starts(
 
 
 def segment_ranges(layout: GistLayout, num_units: int, first_unit: Int, starts: UnitStarts) -> SegmentRanges:
-    """Visible gists and raws of every position of a segment, gist-shifted (the table of METHOD 3, rows 2 and 3).
+    """Visible gists and raws of every position of a segment, gist-shifted (Eq. 3 as ranges).
 
     raw i of unit u:  gists [gist_start[u], u)      raws [raw_start[u] * r, i + 1)
     gist u:           gists [gist_start[u], u + 1)  raws [raw_start[u] * r, (u + 1) * r)
@@ -255,14 +255,3 @@ def split_segment(segment: Array, layout: GistLayout, axis: int = -2) -> tuple[A
     num_raws = layout.segment_units(segment.shape[axis]) * layout.ratio
     before = (slice(None),) * (axis % segment.ndim)
     return segment[(*before, slice(None, num_raws))], segment[(*before, slice(num_raws, None))]
-
-
-def causal_order(layout: GistLayout, num_units: int) -> np.ndarray:
-    """Index into the gist-shifted segment of each position in causal order (x … x g x … x g …), int32 [P].
-
-    The network never needs it; it serves tests, drawings and anyone who reads a segment token by token.
-    """
-    r = layout.ratio
-    raws = np.arange(num_units * r, dtype=np.int32).reshape(num_units, r)
-    gists = num_units * r + np.arange(num_units, dtype=np.int32)[:, None]
-    return np.concatenate([raws, gists], axis=1).reshape(-1)

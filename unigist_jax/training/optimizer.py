@@ -1,4 +1,4 @@
-"""AdamW with global-norm clipping, linear warm-up and a cosine to a fraction of the peak (METHOD 6)."""
+"""AdamW with global-norm clipping, linear warm-up and a cosine to a fraction of the peak, as in the paper."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Training: loss, optimizer, step and the loop around them, checkpoints, preemption."""
