@@ -165,6 +165,14 @@ def test_reading_a_prompt_of_any_length_is_one_pass(method):
         assert_same(np.asarray(got)[same], logits[lengths + i][same])
 
 
+@pytest.mark.parametrize("method", sorted(LAYOUTS))
+def test_contexts_shorter_than_a_chunk_stay_raw(method):
+    model, tokens = model_of(method), random_tokens(8)
+    logits = np.asarray(one_pass(model, jnp.asarray(tokens)[None], jnp.zeros((1, 4), jnp.int32)))[0]
+    got, _ = METHODS[method].prefill(model, [tokens[:5].tolist(), tokens[:3].tolist()], capacity=8)
+    assert_same(got, logits[[4, 2]])
+
+
 def test_caches_hold_beacons_or_summaries_and_one_chunk():
     token = 2 * 2 * 2 * 8 * 4  # layers, keys and values, heads, dim, float32
     prompt = random_tokens(80).tolist()

@@ -88,7 +88,7 @@ def _read_rest(model, summaries, tokens, whole, count, tail):
     for index in range(model.config.num_layers):
 
         def attend(q, k, v):
-            kept = (jnp.swapaxes(y[:, :slots], 1, 2).reshape(batch, heads * slots, -1) for y in (k, v))
+            kept = (jnp.swapaxes(y[:, :slots], 1, 2).reshape(batch, heads * slots, y.shape[-1]) for y in (k, v))
             raws = (y[:, slots : slots + tail] for y in (k, v))
             tails = (jnp.pad(y, [(0, 0), (0, tail - y.shape[1]), (0, 0), (0, 0)]) for y in raws)
             counts = jnp.broadcast_to((whole * count)[:, None], (batch, heads))
