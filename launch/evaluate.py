@@ -187,6 +187,7 @@ def _recall(evaluation: Evaluation) -> dict:
                 count=_RECORDS.value,
                 filler=filler,
                 digits=loaded.data.recall_digits,
+                values=loaded.data.recall_values,
             )
             for method, layout in evaluation.layouts.items():
                 name = f"{task}, {length}, {method}"

@@ -212,6 +212,9 @@ def test_records_spread_their_facts_over_the_depths_and_repeat(tokenizer):
     places = [record.context.index("magic") / len(record.context) for record in records]
     assert places[0] < 0.2 < places[1] < 0.8 < places[2] + 0.4 and places == sorted(places)
     assert records == make_records(tokenizer, task="needle", length=400, count=3, filler=filler, digits=4)
+    (record,) = make_records(tokenizer, task="mk2", length=400, count=1, values="words")
+    assert "magic word for" in record.question and re.fullmatch(r" [a-z]+-[a-z]+", record.answer)
+    assert f"magic words for {record.question.split()[7]} is:{record.answer}." in record.context
 
 
 @pytest.mark.parametrize("task", sorted(TASKS))

@@ -41,7 +41,8 @@ class DataConfig:
       recall_records: how many of those to make.
       recall_kinds: comma-separated kinds, which take turns (`unigist_jax.data.recall.RECALL_KINDS`; interleaved rows:
         `unigist_jax.data.recall_rows.INTERLEAVED_KINDS`).
-      recall_digits: digits of a needle's value.
+      recall_values: what the values of needles are, "numbers" or "words" (adjective-noun); the test asks for the same.
+      recall_digits: digits of a number.
       recall_questions: questions a record, where its context has answers to so many ("multi_key", "json_kv").
       recall_answer_only: takes the loss of recall rows on the answers alone.
       recall_interleaved: recall rows in stretches, each followed by questions (`unigist_jax.data.recall_rows`).
@@ -60,6 +61,7 @@ class DataConfig:
     recall_weight: float = 0.0
     recall_records: int = 2048
     recall_kinds: str = "needle"
+    recall_values: str = "numbers"
     recall_digits: int = 7
     recall_questions: int = 1
     recall_answer_only: bool = False
@@ -76,6 +78,10 @@ class DataConfig:
         _require(0 <= self.recall_weight <= 1, f"data.recall_weight={self.recall_weight} must be between 0 and 1")
         _require(self.max_documents >= 0, f"data.max_documents={self.max_documents} must be at least 0 (0 reads all)")
         _require(self.recall_questions > 0, f"data.recall_questions={self.recall_questions} must be positive")
+        _require(
+            self.recall_values in ("numbers", "words"),
+            f"data.recall_values={self.recall_values!r} is unknown; choose 'numbers' or 'words'",
+        )
         _require(self.recall_digits > 0, f"data.recall_digits={self.recall_digits} must be positive")
 
 

@@ -167,6 +167,7 @@ def recall_rows(
         filler=recall_filler(data, split, tokenizer),
         answer_loss_only=data.recall_answer_only,
         digits=data.recall_digits,
+        value_style=data.recall_values,
         questions=data.recall_questions,
         interleaved=data.recall_interleaved,
     )

@@ -45,16 +45,19 @@ def make_records(
     count: int,
     filler: Sequence[str] = (),
     digits: int = 7,
+    values: str = "numbers",
     seed: int = TEST_SEED,
 ) -> list[RecallRecord]:
     """`count` records of about `length` tokens each: context, question and answer together never more.
+
+    Values are numbers of so many `digits`, or "words", but for the tasks that are of UUIDs.
 
     Depths are spread evenly from 0 to 1; those of `json_kv`, whose context begins with two solved examples, over six
     places. The same arguments give the same records. Raises ValueError for an unknown task or too short a length.
     """
     if task not in TASKS:
         raise ValueError(f"unknown recall task {task!r}; choose one of {', '.join(TASKS)}")
-    kind, options = TASKS[task]
+    kind = TASKS[task][0]
     haystack = paragraphs(filler)
 
     def count_tokens(text: str) -> int:
@@ -64,7 +67,10 @@ def make_records(
     for index in range(count):
         rng = np.random.default_rng([seed, index])
         depth = (index % JSON_DEPTHS) / (JSON_DEPTHS - 1) if task == "json_kv" else index / max(1, count - 1)
-        options = dict(options, num_tokens=length - 1, count_tokens=count_tokens, depth=depth, digits=digits)
+        drawn = dict(num_tokens=length - 1, count_tokens=count_tokens, depth=depth, digits=digits)
+        if kind != "json_kv":
+            drawn["value_style"] = values
+        options = drawn | TASKS[task][1]
         if task == "json_kv":
             records.append(_with_examples(rng, options))
         else:
