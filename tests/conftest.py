@@ -8,6 +8,9 @@ import os
 from quick_compiler import QUICK
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# XLA's threads. A collective keeps one until its last device arrives, and jax 0.11 starts several at once: with as many
+# threads as devices, its default on few cores, all may wait, and the process is aborted after 40 seconds.
+os.environ["NPROC"] = "32"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {QUICK}"
 
 from jaxtyping import install_import_hook
