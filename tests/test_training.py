@@ -14,7 +14,7 @@ from unigist_jax.data import pack_documents
 from unigist_jax.layout import GistLayout
 from unigist_jax.model import LlamaConfig, init_llama
 from unigist_jax.sharding import batch_sharding, make_mesh, parameter_path
-from unigist_jax.training.loss import summed_loss, token_losses
+from unigist_jax.training.loss import head_of, next_tokens, summed_cross_entropy, summed_loss, token_losses
 from unigist_jax.training.optimizer import learning_rate, make_optimizer
 from unigist_jax.training.step import Batch, make_state, make_train_step
 
@@ -104,27 +104,33 @@ def first_batch(packed):
     return packed.tokens[:8], packed.doc_start[:8], packed.loss_mask[:8]
 
 
-@pytest.mark.parametrize("chunk", [1, 13, 32])
-def test_chunked_losses_are_the_unchunked_ones(chunk):
-    """Values and gradients of every token's loss, from hidden states of any origin."""
-    config = LlamaConfig(VOCAB, 16, 24, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=2, dtype="float32")
+@pytest.mark.parametrize(("chunk", "shards", "tied"), [(1, 1, False), (13, 1, True), (7, 2, False), (32, 1, False)])
+def test_chunked_losses_are_the_unchunked_ones(chunk, shards, tied):
+    """Every token's loss, and the gradients of a multiple of their sum, from hidden states of any origin."""
+    config = LlamaConfig(
+        VOCAB, 16, 24, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=2, dtype="float32", tie_embeddings=tied
+    )
     model = init_llama(config, GistLayout(4, 0, 0), 0)
     rng = np.random.default_rng(0)
     hidden = jnp.asarray(rng.standard_normal((2, 32, 16)), jnp.float32)
     tokens = jnp.asarray(rng.integers(0, VOCAB, (2, 32)), jnp.int32)
-    weight = jnp.asarray(rng.standard_normal((2, 32)), jnp.float32).at[:, -1].set(0)  # the last has no target
+    mask = jnp.asarray(rng.random((2, 32)) < 0.7).at[:, -1].set(False)  # the last has no target
 
     def chunked(model, hidden):
-        losses = token_losses(model, hidden, tokens, chunk)
-        return jnp.sum(losses * weight), losses
+        loss = summed_cross_entropy(head_of(model), hidden, next_tokens(tokens), mask, chunk, shards)
+        return -3.7 * loss, token_losses(model, hidden, tokens, chunk)
 
     def at_once(model, hidden):
         logs = jax.nn.log_softmax(model.logits(hidden))
         losses = -jnp.take_along_axis(logs, jnp.roll(tokens, -1, axis=1)[..., None], axis=-1)[..., 0]
-        return jnp.sum(losses * weight), losses
+        return -3.7 * jnp.sum(jnp.where(mask, losses, 0.0)), losses
 
-    gradient, losses = jax.jit(jax.grad(chunked, (0, 1), has_aux=True))(model, hidden)
-    expected, expected_losses = jax.jit(jax.grad(at_once, (0, 1), has_aux=True))(model, hidden)
+    (loss, losses), gradient = jax.jit(jax.value_and_grad(chunked, (0, 1), has_aux=True))(model, hidden)
+    (expected_loss, expected_losses), expected = jax.jit(jax.value_and_grad(at_once, (0, 1), has_aux=True))(
+        model, hidden
+    )
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
+    np.testing.assert_allclose(loss, -3.7 * jnp.sum(jnp.where(mask, losses, 0.0)), rtol=1e-6)
     np.testing.assert_allclose(losses[:, :-1], expected_losses[:, :-1], rtol=1e-6)
     for got, want in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * max(1, np.abs(want).max(initial=0)))

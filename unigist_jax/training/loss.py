@@ -10,6 +10,7 @@ mask alone: `loss_mask[b, i]` says that raw i + 1 exists, is no padding, and bel
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from unigist_jax.context import mesh_placement
 from unigist_jax.layout import GistLayout
 from unigist_jax.model import Llama
-from unigist_jax.sharding import constrain
+from unigist_jax.sharding import PARAMETER_AXES, constrain, parameter_path
 
 
 def next_tokens(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
@@ -79,6 +80,66 @@ def _cross_entropy(logits: Float[Array, "B C V"], targets: Int[Array, "B C"]) ->
     return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def summed_cross_entropy(
+    head: Llama,
+    hidden: Float[Array, "B T E"],
+    targets: Int[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    chunk: int,
+    shards: int = 1,
+) -> Float[Array, ""]:
+    """Sum of `target_losses` inside the mask. Differentiated, a chunk gives its gradients beside its loss.
+
+    A sum has one cotangent, a factor known afterwards. So the backward pass multiplies by it and computes no logits
+    again: three products with the head a step instead of four (Hsu et al., Liger Kernel, arXiv 2410.10989).
+
+    Args:
+      head: of a model, by `head_of`.
+      chunk, shards: as for `over_chunks`.
+    """
+    return jnp.sum(jnp.where(mask, target_losses(head, hidden, targets, chunk, shards), 0.0))
+
+
+def _loss_forward(head, hidden, targets, mask, chunk, shards):
+    def chunk_loss(head, hidden, targets, mask):
+        losses = _at_once(lambda *x: _cross_entropy(head.logits(x[0]), x[1]), (hidden, targets))
+        return jnp.sum(jnp.where(mask, losses, 0.0))
+
+    def add_chunk(sums, parts):
+        loss, (head_gradient, gradient) = jax.value_and_grad(chunk_loss, (0, 1))(head, *parts)
+        return _as_parameters(jax.tree.map(jnp.add, sums, (loss, head_gradient))), gradient
+
+    zeros = _as_parameters((jnp.float32(0), jax.tree.map(jnp.zeros_like, head)))
+    (loss, head_gradient), gradient = jax.lax.scan(
+        add_chunk, zeros, tuple(_cut(x, chunk, shards) for x in (hidden, targets, mask))
+    )
+    return loss, (head_gradient, _joined(gradient, hidden.shape[1]))
+
+
+def _loss_backward(_chunk, _shards, gradients, factor):
+    return *jax.tree.map(lambda x: (factor * x).astype(x.dtype), gradients), None, None
+
+
+summed_cross_entropy.defvjp(_loss_forward, _loss_backward)
+
+
+def head_of(model: Llama) -> Llama:
+    """The model without the parameters that `Llama.logits` does not read."""
+    read = {"norm/scale", "embedding" if model.head is None else "head"}
+    return jax.tree_util.tree_map_with_path(lambda path, x: x if parameter_path(path) in read else None, model)
+
+
+def _as_parameters(tree: Any) -> Any:
+    """The tree, what lies at a parameter's place in it laid out as the parameter."""
+
+    def of_leaf(path, x):
+        axes = PARAMETER_AXES.get(parameter_path(path))
+        return x if axes is None else constrain(x, *axes)
+
+    return jax.tree_util.tree_map_with_path(of_leaf, tree)
+
+
 def over_chunks(function: Callable[..., Any], arrays: tuple[Array, ...], chunk: int, shards: int = 1) -> Any:
     """`function` of arrays [B, T, ...] that gives [B, T] (or a tree of such), computed chunk by chunk.
 
@@ -89,25 +150,31 @@ def over_chunks(function: Callable[..., Any], arrays: tuple[Array, ...], chunk: 
       function: takes the arrays' chunks, [B, C, ...].
       chunk: C, raws of a chunk.
     """
-    batch, length = arrays[0].shape[:2]
+    results = jax.lax.map(jax.checkpoint(partial(_at_once, function)), tuple(_cut(x, chunk, shards) for x in arrays))
+    return jax.tree.map(lambda x: _joined(x, arrays[0].shape[1]), results)
+
+
+def _cut(x: Array, chunk: int, shards: int) -> Array:
+    """[B, T, ...] in chunks, [chunks, B, shards, C, ...], the last padded."""
+    batch, length, *rest = x.shape
     own = length // shards
     chunk = min(chunk, own)
-    padding = -own % chunk
+    x = x.reshape(batch, shards, own, *rest)
+    x = jnp.pad(x, [(0, 0), (0, 0), (0, -own % chunk), *[(0, 0)] * len(rest)])
+    return jnp.moveaxis(x.reshape(batch, shards, -1, chunk, *rest), 2, 0)
 
-    def cut(x):
-        x = x.reshape(batch, shards, own, *x.shape[2:])
-        x = jnp.pad(x, [(0, 0), (0, 0), (0, padding), *[(0, 0)] * (x.ndim - 3)])
-        return jnp.moveaxis(x.reshape(batch, shards, -1, chunk, *x.shape[3:]), 2, 0)
 
-    @jax.checkpoint
-    def of_chunk(parts):
-        parts = [constrain(x, "batch", "positions", *[None] * (x.ndim - 2)) for x in parts]
-        return jax.vmap(function, 1, 1)(*parts)  # merging batch and shards would gather what either is split over
+def _joined(x: Array, length: int) -> Array:
+    """The inverse of `_cut`."""
+    _, batch, shards, _, *rest = x.shape
+    x = jnp.moveaxis(x, 0, 2).reshape(batch, shards, -1, *rest)
+    return x[:, :, : length // shards].reshape(batch, length, *rest)
 
-    def joined(y):
-        return jnp.moveaxis(y, 0, 2).reshape(batch, shards, -1)[:, :, :own].reshape(batch, length)
 
-    return jax.tree.map(joined, jax.lax.map(of_chunk, tuple(cut(x) for x in arrays)))
+def _at_once(function: Callable[..., Any], parts: tuple[Array, ...]) -> Any:
+    """`function` of one chunk [B, shards, C, ...], on every shard."""
+    parts = [constrain(x, "batch", "positions", *[None] * (x.ndim - 2)) for x in parts]
+    return jax.vmap(function, 1, 1)(*parts)  # merging batch and shards would gather what either is split over
 
 
 def summed_loss(
@@ -125,8 +192,8 @@ def summed_loss(
     placement = mesh_placement()
     placed, targets, mask = (placement.place(x) for x in (tokens, next_tokens(tokens), loss_mask))
     hidden = model.hidden_states(placed, doc_start, layout=layout, placement=placement)
-    losses = target_losses(model, hidden, targets, chunk, placement.devices)
-    return jnp.sum(jnp.where(mask, losses, 0.0)), jnp.sum(mask, dtype=jnp.float32)
+    loss = summed_cross_entropy(head_of(model), hidden, targets, mask, chunk, placement.devices)
+    return loss, jnp.sum(mask, dtype=jnp.float32)
 
 
 def summed_distillation(
