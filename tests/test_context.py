@@ -1,17 +1,20 @@
 """Context parallelism: rows spread over virtual devices against the same rows on one device."""
 
+import math
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
 from unigist_jax.context import Placement
 from unigist_jax.layout import GistLayout, document_starts
 from unigist_jax.model import LlamaConfig, init_llama
-from unigist_jax.sharding import batch_sharding, make_mesh, tree_shardings
-from unigist_jax.training.loss import summed_loss
+from unigist_jax.sharding import abstract_on, batch_sharding, make_mesh, partition_spec, tree_shardings
+from unigist_jax.training.loss import head_of, summed_cross_entropy, summed_loss
 
 CONFIG = LlamaConfig(
     vocab_size=64, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
@@ -107,3 +110,22 @@ def test_placing_and_restoring():
 def test_rows_that_do_not_cut_are_refused(num_raws, said):
     with pytest.raises(ValueError, match=said):
         Placement(4).piece_units(GistLayout(2, 0, 4), num_raws)
+
+
+@pytest.mark.parametrize("sizes", [{"context": 2}, {"data": 2, "context": 2}], ids=str)
+def test_no_chunk_of_the_loss_waits_for_gradients_of_other_devices(sizes):
+    """Where devices hold the head whole, its gradient is summed over them after the last chunk, not in every one."""
+    mesh = make_mesh(**({"data": 1} | sizes), devices=jax.devices()[: math.prod(sizes.values())])
+    shapes = ((4, 32, CONFIG.hidden_size), jnp.float32), ((4, 32), jnp.int32), ((4, 32), jnp.bool_)
+    rows = NamedSharding(mesh, partition_spec("batch", "positions"))
+    arrays = [jax.ShapeDtypeStruct(*shape, sharding=rows) for shape in shapes]
+    head = abstract_on(mesh, jax.eval_shape(lambda: head_of(init_llama(CONFIG, GistLayout(4, 0, 0), 0))))
+    loss = partial(summed_cross_entropy, chunk=4, shards=2)
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(jax.grad(loss, (0, 1))).lower(head, *arrays).compile().as_text()
+    in_loops = re.findall(r"body=%([\w.\-]+)", compiled)
+    collective = re.compile(r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\(")
+    bodies = dict(re.findall(r"^%([\w.\-]+) \(.*?\{\n(.*?)^\}", compiled, re.MULTILINE | re.DOTALL))
+    assert in_loops
+    assert not any(collective.search(bodies[name]) for name in in_loops)
+    assert collective.search(compiled)

@@ -19,6 +19,8 @@ MESH_AXES = ("data", "fsdp", "context", "tensor")
 
 LOGICAL_TO_MESH: dict[str | None, Any] = {
     "batch": ("data", "fsdp"),
+    "replicas": "data",
+    "replica_batch": "fsdp",
     "positions": "context",
     "embed": "fsdp",
     "heads": "tensor",

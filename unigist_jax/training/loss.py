@@ -102,18 +102,28 @@ def summed_cross_entropy(
 
 
 def _loss_forward(head, hidden, targets, mask, chunk, shards):
-    def chunk_loss(head, hidden, targets, mask):
-        losses = _at_once(lambda *x: _cross_entropy(head.logits(x[0]), x[1]), (hidden, targets))
+    replicas = jax.sharding.get_abstract_mesh().shape.get("data", 1)
+
+    def shard_loss(head, hidden, targets, mask):
+        losses = _cross_entropy(head.logits(hidden), targets)
         return jnp.sum(jnp.where(mask, losses, 0.0))
 
-    def add_chunk(sums, parts):
-        loss, (head_gradient, gradient) = jax.value_and_grad(chunk_loss, (0, 1))(head, *parts)
-        return _as_parameters(jax.tree.map(jnp.add, sums, (loss, head_gradient))), gradient
+    def by_replica(x):
+        x = x.reshape(replicas, -1, *x.shape[1:])
+        return constrain(x, "replicas", "replica_batch", "positions", *[None] * (x.ndim - 3))
 
-    zeros = _as_parameters((jnp.float32(0), jax.tree.map(jnp.zeros_like, head)))
-    (loss, head_gradient), gradient = jax.lax.scan(
-        add_chunk, zeros, tuple(_cut(x, chunk, shards) for x in (hidden, targets, mask))
-    )
+    def add_chunk(sums, parts):
+        of_shards = jax.vmap(jax.value_and_grad(shard_loss, (0, 1)), (None, 1, 1, 1), (0, (0, 1)))
+        of_replicas = jax.vmap(of_shards, (None, 0, 0, 0))
+        loss, (head_gradient, gradient) = of_replicas(head, *map(by_replica, parts))
+        sums = _as_parameters(jax.tree.map(jnp.add, sums, (loss, head_gradient)))
+        return sums, gradient.reshape(-1, *gradient.shape[2:])
+
+    # Each replica and shard has its sums, which meet after the last chunk: no chunk waits for other devices' gradients.
+    zeros = jax.tree.map(lambda x: jnp.zeros((replicas, shards, *x.shape), x.dtype), (jnp.float32(0), head))
+    parts = tuple(_cut(x, chunk, shards) for x in (hidden, targets, mask))
+    sums, gradient = jax.lax.scan(add_chunk, _as_parameters(zeros), parts)
+    loss, head_gradient = jax.tree.map(lambda x: jnp.sum(x, axis=(0, 1)), sums)
     return loss, (head_gradient, _joined(gradient, hidden.shape[1]))
 
 
@@ -131,11 +141,11 @@ def head_of(model: Llama) -> Llama:
 
 
 def _as_parameters(tree: Any) -> Any:
-    """The tree, what lies at a parameter's place in it laid out as the parameter."""
+    """The tree, what lies at a parameter's place in it, [replicas, shards, ...], laid out as that parameter on each."""
 
     def of_leaf(path, x):
         axes = PARAMETER_AXES.get(parameter_path(path))
-        return x if axes is None else constrain(x, *axes)
+        return x if axes is None else constrain(x, "replicas", "positions", *axes)
 
     return jax.tree_util.tree_map_with_path(of_leaf, tree)
 
