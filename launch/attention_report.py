@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
 from launch.markdown import Report, table
 
 PARTS = ("forward", "both")  # both: forward + backward
+KINDS = ("attention", "flex", "decode", "documents")
 NAMES = {"cudnn": "cuDNN causal", "folded": "folded cuDNN", "flex": "FlexAttention"}
 SHAPE = ("query", "kv", "dim")
-NO_CASE = {"what", "reason", "seconds", "compile_seconds", *SHAPE}  # what does not tell cases apart
+NO_CASE = {"what", "reason", *SHAPE}  # what does not tell cases apart
 
 
 def pair(row: dict | None, form: str, names: tuple[str, str] = PARTS) -> str:
@@ -18,11 +20,17 @@ def pair(row: dict | None, form: str, names: tuple[str, str] = PARTS) -> str:
     return " / ".join(form.format(row[name]) for name in names) if row and names[0] in row else ""
 
 
+def times_as_fast(row: dict, peer: dict, part: str) -> float:
+    """How many times as fast as a peer of the same group: the median of the rounds' ratios."""
+    rounds = zip(peer["samples"][part], row["samples"][part], strict=True)
+    return statistics.median(theirs / own for theirs, own in rounds)
+
+
 def gain(row: dict | None, peer: dict | None) -> str:
-    """How many times as fast as a peer."""
+    """How many times as fast as a peer, in a cell."""
     if not (row and peer and "forward" in row and "forward" in peer):
         return ""
-    return " / ".join(f"{peer[part] / row[part]:.2f}" for part in PARTS)
+    return " / ".join(f"{times_as_fast(row, peer, part):.2f}" for part in PARTS)
 
 
 def milliseconds(row: dict | None) -> str:
@@ -31,11 +39,15 @@ def milliseconds(row: dict | None) -> str:
 
 
 class Attention:
-    """The measurements of whole sequences, by contender, length, ratio and heads."""
+    """The measurements of whole sequences, by contender, length, ratio and heads.
 
-    def __init__(self, result: dict):
+    Args:
+      kind: "attention", or "flex" for the groups that FlexAttention was timed in.
+    """
+
+    def __init__(self, result: dict, kind: str = "attention"):
         self._rows = {}
-        for row in result.get("attention", []):
+        for row in result.get(kind, []):
             self._rows[row["what"], row["length"], row.get("ratio"), *(row[x] for x in SHAPE)] = row
 
     def get(self, what: str, length: int, ratio: int, shape: tuple) -> dict | None:
@@ -55,17 +67,18 @@ class Attention:
 
 def attention_tables(result: dict) -> Iterator[str]:
     """A table for each backend and each shape of the heads."""
-    attention, default = Attention(result), result["shape"]
+    attention, flex, default = Attention(result), Attention(result, "flex"), result["shape"]
     for backend in result["backends"]:
         for shape in attention.shapes(backend):
             query, kv, dim = shape
             rows = []
             for length, ratio in attention.cases(backend, shape):
-                own, *others = (attention.get(x, length, ratio, shape) for x in (backend, *NAMES))
-                cells = [f"{length // 1024}K", str(ratio), milliseconds(own), *(milliseconds(x) for x in others)]
-                cells += gain(own, others[0]), gain(own, others[2])
+                own, causal, folded = (attention.get(x, length, ratio, shape) for x in (backend, "cudnn", "folded"))
+                beside_flex, rival = (flex.get(x, length, ratio, shape) for x in (backend, "flex"))
+                cells = [f"{length // 1024}K", str(ratio), *map(milliseconds, (own, causal, folded, rival))]
+                cells += gain(own, causal), gain(own, folded), gain(beside_flex, rival)
                 rows.append([*cells, pair(own, "{:.0%}", ("share_forward", "share_both"))])
-            head = ["raws", "r", f"{backend} ms", *NAMES.values(), "over cuDNN causal", "over FlexAttention"]
+            head = ["raws", "r", f"{backend} ms", *NAMES.values(), *(f"over {x}" for x in NAMES.values())]
             yield (
                 f"Backend `{backend}`, {query} query heads, {kv} KV heads, dim {dim}, {default['sinks']} sinks, window "
                 f"{default['window']}; forward / forward + backward:"
@@ -99,7 +112,7 @@ def document_lines(result: dict) -> Iterator[str]:
 def missing_lines(result: dict) -> Iterator[str]:
     """What was not measured, and why; cases of one reason together."""
     reasons: dict[str, list[str]] = {}
-    for kind in ("attention", "decode", "documents"):
+    for kind in KINDS:
         for row in result.get(kind, []):
             if "reason" in row:
                 case = ", ".join(f"{k} {v}" for k, v in row.items() if k not in NO_CASE)
@@ -112,12 +125,28 @@ def missing_lines(result: dict) -> Iterator[str]:
         yield "\n".join(f"- {reason}: {'; '.join(cases)}" for reason, cases in reasons.items())
 
 
+def device_said(groups: list[dict]) -> str:
+    """Rates, clock and power of the device, as far as they were measured: from the least to the largest of a group."""
+    told = []
+    for name, what, form, unit in (
+        ("copy_tb_s", "copy", ".2f", "TB/s"),
+        ("matmul_tflop_s", "matrix product", ".0f", "TFLOP/s"),
+        ("sm_mhz", "clock", ".0f", "MHz"),
+        ("watts", "power", ".0f", "W"),
+    ):
+        found = [group[name] for group in groups if name in group]
+        if found := [x[1] if isinstance(x, list) else x for x in found]:  # of least, median and largest the median
+            ends = dict.fromkeys(format(x, form) for x in (min(found), max(found)))
+            told.append(f"{what} {' to '.join(ends)} {unit}")
+    return f" By group: {', '.join(told)}." if told else ""
+
+
 def tables(result: dict) -> str:
     """The measurements as Markdown."""
-    limits, releases = result["ceilings"], ", ".join(f"{k} {v}" for k, v in result["versions"].items())
+    releases = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
     intro = (
-        f"{result['device']}, {releases}; batch 1, bf16, medians of {result['repeats']}: `{result['command']}`. It "
-        f"copies {limits['copy_tb_s']:.2f} TB/s and multiplies matrices at {limits['matmul_tflop_s']:.0f} TFLOP/s."
+        f"{result['device']}, {releases}; batch 1, bf16, medians of {result['repeats']} rounds: `{result['command']}`."
+        f"{device_said(result['groups'])}"
     )
     parts = intro, *attention_tables(result), *decode_table(result), *document_lines(result), *missing_lines(result)
     return "\n\n".join(parts) + "\n"
@@ -141,7 +170,9 @@ def plot(result: dict, path: Path) -> None:
             compared = [length for length in lengths if causal[length] and "forward" in causal[length]]
             for part, style in (("forward", "o-"), ("both", "s--")):
                 label = f"{backend} r={ratio} {'forward' if part == 'forward' else 'forward + backward'}"
-                left.plot([x // 1024 for x in compared], [causal[x][part] / own[x][part] for x in compared], style)
+                left.plot(
+                    [x // 1024 for x in compared], [times_as_fast(own[x], causal[x], part) for x in compared], style
+                )
                 right.plot([x // 1024 for x in lengths], [own[x][f"share_{part}"] for x in lengths], style, label=label)
     left.set(ylabel="speed-up over cuDNN causal", ylim=(0, None))
     right.set(ylabel="useful work over the measured matrix rate", ylim=(0, 1))

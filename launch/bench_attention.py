@@ -6,41 +6,56 @@
     python -m launch.bench_attention --render=docs/data/bench_attention.json --into=docs/benchmarks.md   # no GPU needed
 
 Peers, all with the same heads, sinks and window: jax's cuDNN causal attention on the T raws, folded cuDNN (sinks and
-gists alone) and PyTorch's FlexAttention with the gist-shifted block mask (launch/peers.py). Ceilings: a device copy,
-counting bytes read and written, and a bf16 matrix product. Times are medians of `--repeats` samples after warm-up
-(launch/timing.py). Correctness is the business of tests/test_kernels.py.
+gists alone) and PyTorch's FlexAttention with the gist-shifted block mask (launch/peers.py). Yardsticks: a device copy,
+counting bytes read and written, and a bf16 matrix product. Correctness is the business of tests/test_kernels.py.
 
-All cases compile first, several at a time; then they are timed, and nothing else runs. The JSON grows with every
-measurement. What fails, or no longer fits `--budget`, is recorded with its reason. Contexts above 128K cost as much as
-all the others, so they come last.
+A GPU at its limit of power changes its clock with what it has just done. So all that is compared is timed by turns
+(launch/timing.py): `--repeats` rounds, in each one sample of every program of a group, the yardstick among them. Times
+are medians of the samples, speed-ups and shares medians of the ratios within a round. A group is one length with one
+shape of the heads; FlexAttention beside the kernels; decoding; packed documents.
+
+All but FlexAttention compiles first, several cases at a time; then groups are timed, and nothing else runs. The JSON
+grows with every group. What fails, or no longer fits `--budget`, is recorded with its reason. Contexts above 128K cost
+as much as all the others, so they come last.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
 import functools
 import importlib.metadata
 import json
 import math
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from absl import flags
 
 from launch import attention_report, peers
+from launch.by_turns import Case, Group, compiled, measured
 from launch.flags import run_main
-from launch.timing import Contender, bf16, ceilings, contender, milliseconds, normals, warm_up
+from launch.timing import (
+    PARTS,
+    Contender,
+    Program,
+    bf16,
+    contender,
+    copy_tb_s,
+    matmul_tflop_s,
+    normals,
+    warm_up,
+)
 from pallas_kernels.backends import BACKENDS, choose, usable_backends
 from pallas_kernels.decode_attention import decode_attention, padded_slots
 from pallas_kernels.gist_attention import GistKV
 from unigist_jax.layout import GistLayout, unit_starts
 
-LENGTHS = flags.DEFINE_list("lengths", ["16384", "32768", "65536", "131072", "262144"], "raw tokens")
+LENGTHS = flags.DEFINE_list("lengths", ["32768", "131072", "16384"], "raw tokens, timed first and in this order")
+MORE_LENGTHS = flags.DEFINE_list("more_lengths", ["65536", "262144"], "further raw tokens, timed after all else")
 RATIOS = flags.DEFINE_list("ratios", ["4", "8"], "raw tokens per gist")
 BACKEND = flags.DEFINE_list("backends", None, "backends to time (default: the best one here)")
 HEADS = flags.DEFINE_integer("heads", 32, "query heads")
@@ -48,10 +63,10 @@ KV_HEADS = flags.DEFINE_integer("kv_heads", 8, "KV heads")
 DIM = flags.DEFINE_integer("dim", 128, "head dim")
 SINKS = flags.DEFINE_integer("sinks", 128, "sinks")
 WINDOW = flags.DEFINE_integer("window", 128, "local window in raw tokens")
-REPEATS = flags.DEFINE_integer("repeats", 10, "timed samples of each case", lower_bound=1)
+REPEATS = flags.DEFINE_integer("repeats", 10, "rounds of each group: timed samples of each case", lower_bound=1)
 PEERS = flags.DEFINE_list("peers", ["cudnn", "folded", "flex"], "which peers to time")
 FLEX_LENGTHS = flags.DEFINE_list(
-    "flex_lengths", ["32768", "131072"], "those of --lengths at which to time FlexAttention, which compiles for long"
+    "flex_lengths", ["131072", "32768"], "raw tokens at which to time FlexAttention, which compiles for long"
 )
 SHAPES = flags.DEFINE_list(
     "shapes", ["32x32x128", "32x8x64"], "further heads to time: query heads x KV heads x head dim; empty for none"
@@ -61,25 +76,14 @@ DECODE = flags.DEFINE_list("decode_batches", ["1", "16"], "batch sizes of the de
 DECODE_CONTEXT = flags.DEFINE_integer("decode_context", 131072, "raws of context of the decoding step")
 DOCUMENTS = flags.DEFINE_integer("documents", 16, "packed documents in a 128K row at the first ratio; 0 for none")
 BUDGET = flags.DEFINE_integer(
-    "budget", 0, "seconds after which no further measurement begins (compiling counts); 0 for no limit"
+    "budget", 0, "seconds after which no further round begins (compiling counts); 0 for no limit"
 )
-COMPILE_THREADS = flags.DEFINE_integer("compile_threads", 6, "cases that compile at a time", lower_bound=1)
+COMPILE_THREADS = flags.DEFINE_integer("compile_threads", 12, "cases that compile at a time", lower_bound=1)
 OUT = flags.DEFINE_string("out", "", "directory for the raw JSON, the tables and the plot")
 RENDER = flags.DEFINE_string("render", "", "raw JSON of an earlier run: print its tables and plot it beside, no timing")
 INTO = flags.DEFINE_string("into", "", "with --render, a Markdown file to put the tables into, between its two marks")
 
 LONG = 131072  # the row of the packed documents; longer contexts come last
-
-
-class Job(NamedTuple):
-    """One measurement: where it goes in the JSON, what tells it from the others there, and how to take it.
-
-    prepare: compiles what is to be timed, running nothing, and returns the function that takes the measurement.
-    """
-
-    kind: str
-    key: dict
-    prepare: Callable[[], Callable[[], dict]]
 
 
 def heads() -> peers.Heads:
@@ -122,136 +126,120 @@ def exact_flops(layout: GistLayout, num_units: int, shape: peers.Heads) -> float
     return 4 * shape.dim * shape.query * (gists + raws + (r + 1) * u * layout.num_sinks)
 
 
-def first_line(error: Exception) -> str:
-    """An error in a table's cell."""
-    return f"{type(error).__name__}: {error}".splitlines()[0][:120]
+def brief(value: object) -> str:
+    """A figure as it is printed."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def backend_job(backend: str, layout: GistLayout, units: int, shape: peers.Heads, matmul: float, doc_start=None):
-    """Prepares a backend: its milliseconds, and its shares of the matrix rate where the row is one document."""
-    programs = contender(attend(backend, layout, units, doc_start), *types(layout, units, shape))
-
-    def measure() -> dict:
-        row = programs.times(REPEATS.value)
-        if doc_start is None:
-            flops = exact_flops(layout, units, shape)
-            row["share_forward"] = flops / row["forward"] / 1e9 / matmul
-            row["share_both"] = 3.5 * flops / row["both"] / 1e9 / matmul
-        return row
-
-    return measure
+def medians(samples: dict[str, list[float]], _: list[float]) -> dict:
+    """Milliseconds of each part."""
+    return {part: statistics.median(times) for part, times in samples.items()}
 
 
-def decode_job(batch: int, backend: str, copy_tb_s: float) -> Callable[[], dict]:
-    """Prepares a decoding step: microseconds with all that the op does, and the cache's bytes over the copy's rate."""
+def with_shares(flops: float, samples: dict[str, list[float]], product: list[float]) -> dict:
+    """The same, and the shares of the matrix rate; `flops` are those of the forward pass."""
+    row = medians(samples, product)
+    for part, work in zip(PARTS, (flops, 3.5 * flops), strict=True):
+        rates = zip(samples[part], map(matmul_tflop_s, product), strict=True)
+        row[f"share_{part}"] = statistics.median(work / ms / 1e9 / rate for ms, rate in rates)
+    return row
+
+
+def backend_case(key: dict, backend: str, layout: GistLayout, units: int, shape: peers.Heads, doc_start=None) -> Case:
+    """A backend, with its shares of the matrix rate where the row is one document."""
+
+    def prepare():
+        return contender(attend(backend, layout, units, doc_start), *types(layout, units, shape)).programs
+
+    flops = exact_flops(layout, units, shape)
+    return Case(key, prepare, medians if doc_start is not None else functools.partial(with_shares, flops))
+
+
+def decode_case(batch: int, backend: str) -> Case:
+    """A decoding step: microseconds with all that the op does, and the cache's bytes over the copy's rate."""
     layout, shape = layout_of(4), (KV_HEADS.value, DIM.value)
     gists, ring = (padded_slots(n) for n in (DECODE_CONTEXT.value // layout.ratio, layout.window + layout.ratio))
     lengths = ((layout.num_sinks,), (batch, gists), (batch, ring))
     kv = GistKV(*(bf16(*length, *shape) for length in lengths for _ in (0, 1)))
+    num_bytes = sum(2 * math.prod(x.shape) for x in kv)
     sets = 6 if batch == 1 else 1  # enough that no cache stays in L2
     steps = [(bf16(batch, 2, HEADS.value, DIM.value), kv)] * sets
-    raw_index = jnp.full((batch,), DECODE_CONTEXT.value - 1, jnp.int32)
-    decode = jax.jit(lambda steps: [decode_attention(q, kv, layout, raw_index, backend) for q, kv in steps])
-    program, inputs = decode.lower(steps).compile(), normals(steps)
 
-    def measure() -> dict:
-        ms = milliseconds(program, inputs(), repeats=REPEATS.value) / sets
-        tb_s = sum(2 * math.prod(x.shape) for x in kv) / ms / 1e9
-        return {"us": ms * 1e3, "tb_s": tb_s, "share_of_copy": tb_s / copy_tb_s}
+    def prepare():
+        raw_index = jnp.full((batch,), DECODE_CONTEXT.value - 1, jnp.int32)
+        decode = jax.jit(lambda steps: [decode_attention(q, kv, layout, raw_index, backend) for q, kv in steps])
+        program, inputs = decode.lower(steps).compile(), normals(steps)
+        return lambda: {"steps": Program(functools.partial(program, inputs()))}
 
-    return measure
+    def figures(samples: dict[str, list[float]], copies: list[float]) -> dict:
+        rates = [num_bytes * sets / ms / 1e9 for ms in samples["steps"]]
+        shares = [rate / copy_tb_s(ms) for rate, ms in zip(rates, copies, strict=True)]
+        us = statistics.median(samples["steps"]) / sets * 1e3
+        return {"us": us, "tb_s": statistics.median(rates), "share_of_copy": statistics.median(shares)}
 
-
-def peer_job(programs: Callable[..., Contender], *args) -> Callable[[], dict]:
-    """Prepares one of jax's peers."""
-    return functools.partial(programs(*args).times, REPEATS.value)
-
-
-def flex_job(*args) -> Callable[[], dict]:
-    """FlexAttention, which compiles when it first runs."""
-    return functools.partial(peers.flex_times, *args, REPEATS.value)
+    return Case({"what": backend, "batch": batch}, prepare, figures)
 
 
-def attention_jobs(length: int, ratios: list[int], shape: peers.Heads, backends, matmul: float) -> Iterator[Job]:
-    """cuDNN and the backends on one sequence of `length` raws."""
-    key = {"length": length} | shape._asdict()
-    if "cudnn" in PEERS.value:
-        yield Job("attention", {"what": "cudnn"} | key, functools.partial(peer_job, peers.cudnn, length, shape))
+def peer_case(what: str, key: dict, make: Callable[[], Contender]) -> Case:
+    """One of jax's peers."""
+    return Case({"what": what} | key, lambda: make().programs, medians)
+
+
+def backend_cases(length: int, ratios: list[int], shape: peers.Heads, backends: list[str]) -> Iterator[Case]:
+    """The backends on one sequence of `length` raws."""
     for ratio in ratios:
         for backend in backends:
-            prepare = functools.partial(backend_job, backend, layout_of(ratio), length // ratio, shape, matmul)
-            yield Job("attention", {"what": backend} | key | {"ratio": ratio}, prepare)
+            key = {"what": backend, "length": length, "ratio": ratio} | shape._asdict()
+            yield backend_case(key, backend, layout_of(ratio), length // ratio, shape)
 
 
-def rival_jobs(what: str, prepare: Callable, lengths: list[int], ratios: list[int]) -> Iterator[Job]:
-    """Folded cuDNN or FlexAttention, the longest first."""
-    for length in sorted(lengths, reverse=True) if what in PEERS.value else ():
-        for ratio in ratios:
-            key = {"what": what, "length": length, "ratio": ratio} | heads()._asdict()
-            yield Job("attention", key, functools.partial(prepare, layout_of(ratio), length // ratio, heads()))
+def attention_group(length: int, ratios: list[int], shape: peers.Heads, backends: list[str], fold: bool) -> Group:
+    """cuDNN causal, the backends and, with `fold`, folded cuDNN on one sequence of `length` raws."""
+    key, cases = {"length": length} | shape._asdict(), []
+    if "cudnn" in PEERS.value:
+        cases.append(peer_case("cudnn", key, functools.partial(peers.cudnn, length, shape)))
+    cases += backend_cases(length, ratios, shape, backends)
+    for ratio in ratios if fold and "folded" in PEERS.value else ():
+        make = functools.partial(peers.folded, layout_of(ratio), length // ratio, shape)
+        cases.append(peer_case("folded", key | {"ratio": ratio}, make))
+    return Group("attention", "matmul", cases)
 
 
-def document_jobs(ratio: int, backend: str, matmul: float) -> Iterator[Job]:
+def flex_group(length: int, ratios: list[int], backends: list[str]) -> Group:
+    """FlexAttention, which compiles when it first runs, and the backends."""
+    cases = list(backend_cases(length, ratios, heads(), backends))
+    for ratio in ratios:
+        run = functools.partial(peers.flex, layout_of(ratio), length // ratio, heads())
+        key = {"what": "flex", "length": length, "ratio": ratio} | heads()._asdict()
+        cases.append(Case(key, lambda run=run: run, medians))
+    return Group("flex", "matmul", cases)
+
+
+def document_group(ratio: int, backend: str) -> Group:
     """A row packed with equal documents, and the same row as one document."""
     layout, units = layout_of(ratio), LONG // ratio
-    size = units // DOCUMENTS.value
+    size, cases = units // DOCUMENTS.value, []
     for documents in (1, DOCUMENTS.value):
         packed = (jnp.arange(units, dtype=jnp.int32) // size * size)[None] if documents > 1 else None
         key = {"what": backend, "length": LONG, "ratio": ratio, "documents": documents}
-        yield Job("documents", key, functools.partial(backend_job, backend, layout, units, heads(), matmul, packed))
+        cases.append(backend_case(key, backend, layout, units, heads(), packed))
+    return Group("documents", "matmul", cases)
 
 
-def all_jobs(backends: list[str], limits: dict) -> list[Job]:
+def all_groups(backends: list[str]) -> list[Group]:
     """Every measurement that the flags ask for, the most telling first."""
-    lengths, ratios, flex_lengths, shape_lengths = (
-        [int(x) for x in flag.value] for flag in (LENGTHS, RATIOS, FLEX_LENGTHS, SHAPE_LENGTHS)
+    lengths, more, ratios, flex_lengths, shape_lengths = (
+        [int(x) for x in flag.value] for flag in (LENGTHS, MORE_LENGTHS, RATIOS, FLEX_LENGTHS, SHAPE_LENGTHS)
     )
-    matmul, jobs = limits["matmul_tflop_s"], []
-    for batch in map(int, DECODE.value):
-        for backend in backends:
-            prepare = functools.partial(decode_job, batch, backend, limits["copy_tb_s"])
-            jobs.append(Job("decode", {"what": backend, "batch": batch}, prepare))
-    for length in lengths:
-        jobs += attention_jobs(length, ratios, heads(), backends, matmul)
-    if DOCUMENTS.value:
-        jobs += document_jobs(ratios[0], backends[0], matmul)
-    jobs += rival_jobs("flex", flex_job, flex_lengths, ratios)
-    jobs += rival_jobs("folded", functools.partial(peer_job, peers.folded), lengths, ratios)
+    groups = [attention_group(length, ratios, heads(), backends, fold=True) for length in lengths]
+    decodes = [decode_case(int(batch), backend) for batch in DECODE.value for backend in backends]
+    groups += [Group("decode", "copy", decodes)] if decodes else []
+    groups += [document_group(ratios[0], backends[0])] if DOCUMENTS.value else []
+    groups += [flex_group(length, ratios, backends) for length in flex_lengths if "flex" in PEERS.value]
+    groups += [attention_group(length, ratios, heads(), backends, fold=True) for length in more]
     for shape in map(shape_of, SHAPES.value):
-        for length in shape_lengths:
-            jobs += attention_jobs(length, ratios, shape, backends, matmul)
-    return sorted(jobs, key=lambda job: job.key.get("length", 0) > LONG)
-
-
-def attempt(action: Callable) -> tuple[object, float]:
-    """What an action returns, or {"reason": its error}, since one that breaks must not take others with it; seconds."""
-    start = time.perf_counter()
-    try:
-        result = action()
-    except Exception as error:
-        result = {"reason": first_line(error)}
-    return result, round(time.perf_counter() - start, 1)
-
-
-def compiled(jobs: list[Job], threads: int) -> list[tuple[object, float]]:
-    """Compiles all jobs in `threads` threads: what `attempt` gives of each."""
-    begin = time.perf_counter()
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        prepared = list(pool.map(lambda job: attempt(job.prepare), jobs))
-    print(f"compiled {len(jobs)} cases in {time.perf_counter() - begin:.0f} s", flush=True)
-    return prepared
-
-
-def measured(jobs: list[Job], prepared: list[tuple[object, float]], end: float) -> Iterator[tuple[str, dict]]:
-    """Takes one measurement after another, none from time `end` on: their kinds and rows."""
-    for job, (measure, compiling) in zip(jobs, prepared, strict=True):
-        row, timing = measure, 0.0
-        if callable(measure):
-            if time.perf_counter() > end:
-                row = {"reason": "not begun within the budget"}
-            else:
-                row, timing = attempt(measure)
-        yield job.kind, job.key | row | {"compile_seconds": compiling, "seconds": timing}
+        groups += [attention_group(length, ratios, shape, backends, fold=False) for length in shape_lengths]
+    return sorted(groups, key=lambda group: group.cases[0].key.get("length", 0) > LONG)
 
 
 def versions() -> dict[str, str]:
@@ -297,16 +285,20 @@ def main(_: list[str]) -> None:
         "repeats": REPEATS.value,
         "backends": backends,
         "shape": heads()._asdict() | {"sinks": SINKS.value, "window": WINDOW.value},
-        "ceilings": ceilings(REPEATS.value),
+        "groups": [],
     }
     print(result, flush=True)
     end = time.perf_counter() + (BUDGET.value or math.inf)
-    jobs = all_jobs(backends, result["ceilings"])
-    prepared = compiled(jobs, COMPILE_THREADS.value)
+    groups = all_groups(backends)
+    prepared = compiled(groups, COMPILE_THREADS.value)
     warm_up()
-    for kind, row in measured(jobs, prepared, end):
-        result.setdefault(kind, []).append(row)
-        print(kind, *(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
+    for group, rows, state in measured(groups, prepared, REPEATS.value, end):
+        peers.free_flex()
+        result.setdefault(group.kind, []).extend(rows)
+        result["groups"].append({"kind": group.kind, "cases": len(rows)} | state)
+        for row in rows:
+            print(group.kind, *(f"{k}={brief(v)}" for k, v in row.items() if k != "samples"), flush=True)
+        print(result["groups"][-1], flush=True)
         if out:
             (out / "bench_attention.json").write_text(json.dumps(result, indent=1) + "\n")
     print(attention_report.tables(result))

@@ -8,12 +8,11 @@ Axis legend
 from __future__ import annotations
 
 import functools
-import statistics
 from typing import NamedTuple
 
 import jax
 
-from launch.timing import WINDOW_SECONDS, Contender, bf16, contender
+from launch.timing import PARTS, Contender, Program, bf16, contender
 from unigist_jax.layout import GistLayout
 
 
@@ -71,10 +70,10 @@ def flex_obstacle() -> str | None:
     return None if torch.cuda.is_available() else "torch finds no CUDA device"
 
 
-def flex_times(layout: GistLayout, num_units: int, heads: Heads, repeats: int = 10) -> dict[str, float]:
-    """Median milliseconds of compiled FlexAttention on one bf16 sequence: forward, and forward + backward.
+def flex(layout: GistLayout, num_units: int, heads: Heads) -> dict[str, Program]:
+    """Compiled FlexAttention on one bf16 sequence: forward, and forward + backward; each compiles in its first call.
 
-    The block mask is built once, beforehand, and not timed.
+    The block mask is built here, and not timed.
 
     Raises:
       RuntimeError: where it cannot run, saying why.
@@ -85,45 +84,35 @@ def flex_times(layout: GistLayout, num_units: int, heads: Heads, repeats: int = 
     import torch
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    torch._dynamo.config.recompile_limit = 64  # a program a ratio, length and pass; beyond the limit none is compiled
     raws = num_units * layout.ratio
     positions, keys = raws + num_units, layout.num_sinks + num_units + raws
     mask = create_block_mask(
         gist_mask(layout, num_units), None, None, positions, keys, device="cuda", _compile=True
     )  # without _compile the dense mask is built first: 100 GB at 128K
 
-    def random(length, count):
+    def draw(length, count):
         return torch.randn(1, count, length, heads.dim, device="cuda", dtype=torch.bfloat16)
 
-    q, k, v = random(positions, heads.query), random(keys, heads.kv), random(keys, heads.kv)
-    cotangent = random(positions, heads.query)
-    torch._dynamo.reset()  # else the second length compiles for dynamic shapes
+    q, k, v = draw(positions, heads.query), draw(keys, heads.kv), draw(keys, heads.kv)
+    leaves, cotangent = [x.detach().requires_grad_() for x in (q, k, v)], draw(positions, heads.query)
     attend = torch.compile(functools.partial(flex_attention, block_mask=mask, enable_gqa=True), dynamic=False)
-    with torch.no_grad():
-        forward = _torch_milliseconds(functools.partial(attend, q, k, v), repeats)
-    leaves = [x.requires_grad_() for x in (q, k, v)]
+
+    def forward():
+        with torch.no_grad():
+            return attend(q, k, v)
 
     def both():
-        torch.autograd.grad(attend(*leaves), leaves, cotangent)
+        return torch.autograd.grad(attend(*leaves), leaves, cotangent)
 
-    return {"forward": forward, "both": _torch_milliseconds(both, repeats)}
+    return {
+        name: Program(run, lambda _: torch.cuda.synchronize()) for name, run in zip(PARTS, (forward, both), strict=True)
+    }
 
 
-def _torch_milliseconds(run, repeats: int) -> float:
-    """`launch.timing.milliseconds` by CUDA events."""
-    import torch
+def free_flex() -> None:
+    """Gives PyTorch's unused memory back to the device, for jax."""
+    if flex_obstacle() is None:
+        import torch
 
-    def sample(calls: int) -> float:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in (0, 1))
-        begin.record()
-        for _ in range(calls):
-            run()
-        end.record()
-        torch.cuda.synchronize()
-        return begin.elapsed_time(end) / calls
-
-    run()
-    sample(1)
-    calls = max(1, round(WINDOW_SECONDS * 1e3 / sample(1)))
-    if calls > 1:
-        sample(calls)
-    return statistics.median(sample(calls) for _ in range(repeats))
+        torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Timing on an accelerator, for the benchmarks: medians over windows long enough that launching costs nothing."""
+"""Timing on an accelerator, for the benchmarks: samples long enough that launching costs nothing."""
 
 from __future__ import annotations
 
@@ -13,6 +13,32 @@ import jax
 import jax.numpy as jnp
 
 WINDOW_SECONDS = 0.05
+PARTS = ("forward", "both")  # both: forward + backward
+MATMUL = 8192  # rows and columns of the matrices whose product is the measured matrix rate
+
+
+class Program(NamedTuple):
+    """What is timed: a call that enqueues work on the device, and a wait for the result of the last one."""
+
+    call: Callable[[], object]
+    wait: Callable[[object], object] = jax.block_until_ready
+
+    def seconds(self, calls: int) -> float:
+        """A sample: seconds of one call, of so many enqueued one after another."""
+        begin = time.perf_counter()
+        for _ in range(calls):
+            result = self.call()
+        self.wait(result)
+        return (time.perf_counter() - begin) / calls
+
+    def warmed(self) -> int:
+        """Warms up. Returns the calls of a sample of `WINDOW_SECONDS`: 1 where a call takes longer."""
+        self.seconds(1)
+        calls, one = 1, self.seconds(1)
+        while calls * one < WINDOW_SECONDS:  # the first calls are slower than the others
+            calls = math.ceil(1.2 * WINDOW_SECONDS / one)
+            one = self.seconds(calls)
+        return calls
 
 
 def milliseconds(fn: Callable, *args, repeats: int = 10) -> float:
@@ -21,20 +47,9 @@ def milliseconds(fn: Callable, *args, repeats: int = 10) -> float:
     Each of the `repeats` samples enqueues calls for at least `WINDOW_SECONDS` and waits for the last: the device works
     without a pause, and at the clock that it can hold. A call that takes longer than that is a sample by itself.
     """
-
-    def sample(calls: int) -> float:
-        begin = time.perf_counter()
-        for _ in range(calls):
-            result = fn(*args)
-        jax.block_until_ready(result)
-        return (time.perf_counter() - begin) / calls
-
-    jax.block_until_ready(fn(*args))
-    calls, one = 1, sample(1)
-    while calls * one < WINDOW_SECONDS:  # the first calls are slower than the others
-        calls = math.ceil(1.2 * WINDOW_SECONDS / one)
-        one = sample(calls)
-    return statistics.median([one, *(sample(calls) for _ in range(repeats - 1))]) * 1e3
+    program = Program(functools.partial(fn, *args))
+    calls = program.warmed()
+    return statistics.median(program.seconds(calls) for _ in range(repeats)) * 1e3
 
 
 def warm_up(seconds: float = 1.0) -> None:
@@ -74,13 +89,11 @@ class Contender(NamedTuple):
     forward: Callable
     both: Callable
 
-    def times(self, repeats: int) -> dict[str, float]:
-        """Milliseconds of both programs."""
+    def programs(self) -> dict[str, Program]:
+        """Both, on inputs that are drawn now."""
         *given, cotangent = self.inputs()
-        return {
-            "forward": milliseconds(self.forward, *given, repeats=repeats),
-            "both": milliseconds(self.both, *given, cotangent, repeats=repeats),
-        }
+        calls = functools.partial(self.forward, *given), functools.partial(self.both, *given, cotangent)
+        return dict(zip(PARTS, map(Program, calls), strict=True))
 
 
 def contender(attend: Callable, *types) -> Contender:
@@ -90,11 +103,22 @@ def contender(attend: Callable, *types) -> Contender:
     return Contender(normals(types), forward.lower(*types[:-1]).compile(), both.lower(*types).compile())
 
 
-def ceilings(repeats: int = 10) -> dict[str, float]:
-    """Measured copy bandwidth (TB/s, bytes read and written) and bf16 matrix rate (TFLOP/s) of the device."""
-    x = jax.random.normal(jax.random.key(0), (2**30,), jnp.float32)
-    bandwidth = 2 * x.nbytes / milliseconds(jax.jit(jnp.copy), x, repeats=repeats) / 1e9
-    del x
-    a, b = normals((bf16(8192, 8192),) * 2)()
-    rate = 2 * 8192**3 / milliseconds(jax.jit(jnp.matmul), a, b, repeats=repeats) / 1e9
-    return {"copy_tb_s": bandwidth, "matmul_tflop_s": rate}
+def matmul() -> Program:
+    """A large bf16 matrix product, the yardstick of the matrix rate."""
+    a, b = normals((bf16(MATMUL, MATMUL),) * 2)()
+    return Program(functools.partial(jax.jit(jnp.matmul), a, b))
+
+
+def matmul_tflop_s(ms: float) -> float:
+    """TFLOP/s of a product of `matmul` that took `ms`."""
+    return 2 * MATMUL**3 / ms / 1e9
+
+
+def copy(num_bytes: int = 2**32) -> Program:
+    """A copy of `num_bytes` on the device, the yardstick of the memory's rate."""
+    return Program(functools.partial(jax.jit(jnp.copy), jax.random.normal(jax.random.key(0), (num_bytes // 4,))))
+
+
+def copy_tb_s(ms: float, num_bytes: int = 2**32) -> float:
+    """TB/s, bytes read and written, of a copy of `copy` that took `ms`."""
+    return 2 * num_bytes / ms / 1e9

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from launch import bench_attention as bench
+from launch.by_turns import first_line
 from launch.flags import run_main
 from launch.timing import milliseconds, normals, with_backward
 from pallas_kernels.backends import BACKENDS, usable_backends
@@ -64,7 +65,7 @@ def timed(row: dict, run, arguments) -> dict:
     try:
         return row | {"ms": milliseconds(jax.jit(run), *arguments, repeats=bench.REPEATS.value)}
     except Exception as error:
-        return row | {"error": bench.first_line(error)}
+        return row | {"error": first_line(error)}
 
 
 def inputs(layout: GistLayout, num_units: int) -> tuple[jax.Array, GistKV, jax.Array]:

@@ -30,9 +30,9 @@ def test_flex_attention_with_the_gist_mask_is_the_oracle(units, ratio, sinks, wi
     np.testing.assert_allclose(out.swapaxes(1, 2).numpy(), expected, rtol=1e-5, atol=2e-6)
 
 
-def test_times_need_a_cuda_device():
+def test_it_needs_a_cuda_device():
     if torch.cuda.is_available():
         pytest.skip("here is one")
     case = kernel_cases.small(3)
     with pytest.raises(RuntimeError, match="torch finds no CUDA device"):
-        peers.flex_times(case.layout, 3, peers.Heads(2, 1, 64))
+        peers.flex(case.layout, 3, peers.Heads(2, 1, 64))
