@@ -199,6 +199,16 @@ def test_generate_streams_stops_and_repeats_by_seed():
     stop = first.tokens[0][5]
     ended = generate(model, prompts, seed=3, stop_tokens=[stop], **hot)
     assert ended.stopped[0] and ended.tokens[0] == first.tokens[0][: first.tokens[0].index(stop)]
+    # streamed in blocks of which a further one is always launched, also behind the end of all
+    alone = dict(hot, max_new_tokens=40)
+    said = generate(model, prompts[:1], seed=3, **alone).tokens[0]
+    stop = next(token for token in said if said.index(token) in range(3, 8))
+    shown = []
+    short = generate(
+        model, prompts[:1], seed=3, stop_tokens=[stop], on_token=lambda _, token: shown.append(token), **alone
+    )
+    assert short.stopped == [True] and short.tokens == [said[: said.index(stop)]] == [shown]
+    assert short.cache.length[0] == len(prompts[0]) + len(shown)
 
 
 @pytest.mark.parametrize("method", EXACT)

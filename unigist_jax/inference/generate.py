@@ -5,12 +5,14 @@ Axis legend
 
 One `while_loop` on the device takes up to N steps and ends early once every sequence has. A sequence that has drawn a
 stop token is frozen (`append.py`), so a ragged batch keeps its static shapes. Tokens reach the host once a block: all
-of them at the end, or some times a second where a callback wants to see them as they come.
+of them at the end, or some times a second where a callback wants to see them as they come. The next block is launched
+before the host waits for one, so that the device never waits for the host.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -30,7 +32,7 @@ from unigist_jax.model import Llama
 from unigist_jax.prompts import check_prompts
 
 STREAM_STEPS = 8, 64  # of a block for a callback: at least (and the first), at most
-STREAM_SECONDS = 0.25  # that such a block should take: between two blocks the device waits for the host
+STREAM_SECONDS = 0.25  # that such a block should take
 _NOTHING = -1  # in place of a token of a sequence that has ended
 
 
@@ -147,27 +149,34 @@ def continue_from(
     tokens, ended = _first(logits, key, stops, sampling)
     outputs: list[list[int]] = [[] for _ in range(logits.shape[0])]
 
-    def take(block: np.ndarray) -> None:
+    def take(block: np.ndarray) -> bool:
+        """Hands over a block's tokens; whether all sequences have ended."""
         for column in block.T.tolist():
             for sequence, token in enumerate(column):
                 if token != _NOTHING:
                     outputs[sequence].append(token)
                     if on_token is not None:
                         on_token(sequence, token)
+        return bool((block[:, -1] == _NOTHING).all())
 
-    take(np.where(ended, _NOTHING, tokens)[:, None])
-    state, step = _State(tokens, ended, cache), 1
+    all_ended = take(np.where(ended, _NOTHING, tokens)[:, None])
+    state, step, launched = _State(tokens, ended, cache), 1, deque()
     steps = slots = 1 << (max_new_tokens - 1).bit_length()
     if on_token is not None:
         steps, slots = STREAM_STEPS
-    while step < max_new_tokens and not np.all(state.ended):
-        began, stop = time.perf_counter(), min(step + steps, max_new_tokens)
-        block, state = _steps(model, state, key, jnp.int32(step), jnp.int32(stop), stops, sampling, method, slots)
-        take(np.asarray(block))
+    began = time.perf_counter()
+    while launched or (step < max_new_tokens and not all_ended):
+        while len(launched) < 2 and step < max_new_tokens and not all_ended:
+            stop = min(step + steps, max_new_tokens)
+            block, state = _steps(model, state, key, jnp.int32(step), jnp.int32(stop), stops, sampling, method, slots)
+            launched.append((block, stop - step))
+            step = stop
+        block, count = launched.popleft()
+        all_ended = take(np.asarray(block)[:, :count])
         if on_token is not None:
-            paced = (stop - step) * STREAM_SECONDS / (time.perf_counter() - began)
-            steps = int(np.clip(paced, *STREAM_STEPS))
-        step = stop
+            now = time.perf_counter()
+            steps = int(np.clip(count * STREAM_SECONDS / (now - began), *STREAM_STEPS))
+            began = now
     return Generated(outputs, np.asarray(state.ended).tolist(), state.cache)
 
 
