@@ -56,14 +56,17 @@ def _memory(record: Record) -> list[str]:
 MEMORY = ["weights GiB", "cache GiB", "temporary GiB", "peak GiB"]
 
 
+def _setting(record: Record) -> tuple[int, int, int]:
+    """What systems have in common that a table compares."""
+    return record["batch"], record["context"], record.get("tensor", 1)
+
+
 def latency_table(records: list[Record]) -> Iterator[str]:
     """Time to the first token and between tokens."""
     rows = []
     for r in sorted((r for r in records if r["kind"] == "latency"), key=lambda r: (r["batch"], r["context"])):
-        same = (
-            x for x in records if x["kind"] == "latency" and (x["batch"], x["context"]) == (r["batch"], r["context"])
-        )
-        by_system = {x["system"]: x for x in same if x["system"] != "unigist" and x.get("tensor", 1) == 1}
+        same = (x for x in records if x["kind"] == "latency" and _setting(x) == _setting(r))
+        by_system = {x["system"]: x for x in same if x["system"] != "unigist"}
         cells = [tokens(r["context"]), str(r["batch"]), system(r), _number(r, "ttft_s", "{:,.0f}", 1e3)]
         cells += [_number(r, "tpot_s", "{:.2f}", 1e3), _number(r, "total_s", "{:,.0f}", 1e3)]
         cells.append(f"{r['batch'] / r['tpot_s']:,.1f}")
