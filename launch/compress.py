@@ -46,6 +46,8 @@ def main(_: list[str]) -> None:
 def _compress(mesh: Mesh | None) -> None:
     check_system(_CHAT.value, _SYSTEM.value)
     text = Path(_DOCUMENT.value).read_text()
+    if not text.strip():
+        raise ValueError(f"--document={_DOCUMENT.value} holds no text; name a file that does")
     loaded = load_directory(_WORKDIR.value, mesh)
     model, tokenizer = for_inference(loaded.model), loaded.tokenizer
     if _CHAT.value:

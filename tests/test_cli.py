@@ -129,6 +129,7 @@ def test_train_refuses_the_work_directory_of_another_run(command, config_file, t
         ),
         ("generate", ["--prompt=a", "--tensor=3"], ["'tensor': 3", "needs 3 devices, but there are 1"]),
         ("compress", ["--document=absent.txt", "--output=x"], ["absent.txt"]),
+        ("compress", ["--document=/dev/null", "--output=x"], ["/dev/null holds no text"]),
         ("generate", ["--prompt=a", "--top_p=1.5"], ["top_p=1.5", "at most 1"]),
         ("generate", [], ["--prompt or --prompt_file"]),
         ("generate", ["--prompt_file=absent.txt"], ["absent.txt"]),
