@@ -111,6 +111,19 @@ def test_workers_and_interruptions_do_not_change_the_rows(request_, directory, c
         assert file.read_bytes() == (tmp_path / "two" / file.relative_to(tmp_path / "one")).read_bytes(), file
 
 
+def test_a_full_disk_is_named_and_the_same_request_goes_on(request_, directory, tmp_path, monkeypatch):
+    def full(file, array):
+        raise OSError(f"{array.size} requested and 0 written")
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(OSError, match=r"train/0+ cannot be written \(.*free some space"),
+    ):
+        patch.setattr("unigist_jax.data.prepared.np.save", full)
+        prepare(request_, tmp_path)
+    assert prepare(request_, tmp_path) == read_manifest(directory)
+
+
 def test_what_the_rows_are_not_packed_for_is_refused(directory, tokenizer, request_):
     for layout, length, fingerprint, said in [
         (GistLayout(3, 0, 0), LENGTH, tokenizer.fingerprint, "packed for ratio 8, which gist.ratio=3 does not divide"),

@@ -169,6 +169,11 @@ def test_a_run_that_cannot_begin_does_not_claim_the_work_directory(fields, messa
     assert not (tmp_path / "config.json").exists()
 
 
+def test_a_profile_of_steps_that_never_come_is_refused(run, tmp_path):
+    with pytest.raises(ValueError, match=r"--profile begins at step 900, and train.steps=\d+"):
+        train(run, tmp_path, watch=Watch(progress=False, tensorboard=False, profile_steps=(900, 901)))
+
+
 # --- checkpoints that are refused -----------------------------------------------------------------------------------
 
 

@@ -80,7 +80,10 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, context: int = 1, 
     if free:
         sizes[free[0]] = max(1, len(devices) // rest)
     if math.prod(sizes.values()) != len(devices):
-        raise ValueError(f"mesh {sizes} needs {math.prod(sizes.values())} devices, but there are {len(devices)}")
+        raise ValueError(
+            f"mesh {sizes} needs {math.prod(sizes.values())} devices, but there are {len(devices)}; "
+            "one size may be -1, for all that the others leave"
+        )
     shape = tuple(sizes[axis] for axis in MESH_AXES)
     return Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(shape))
 

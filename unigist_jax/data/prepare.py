@@ -20,6 +20,7 @@ from unigist_jax.data.pack import pack_documents
 from unigist_jax.data.prepared import FORMAT, MANIFEST, is_prepared, summarize, write_shard
 from unigist_jax.data.sources import PLAIN, Part, Reading, find_parts, read_part
 from unigist_jax.data.tokenize import Tokenizer
+from unigist_jax.disk import writing
 from unigist_jax.layout import GistLayout
 
 REQUEST = "request.json"
@@ -67,6 +68,7 @@ def prepare(
     Raises:
       ValueError: if `output` holds rows of another request, or a source cannot be read.
       FileNotFoundError: if a source or the tokenizer does not exist.
+      OSError: if rows cannot be written, or a process is killed; what is done stays.
     """
     output = Path(output)
     tokenizer = Tokenizer.load(request.tokenizer)
@@ -77,10 +79,11 @@ def prepare(
             differ = [f"{key}: {held.get(key)!r}" for key in wanted if held.get(key) != wanted[key]]
             raise ValueError(f"{output} holds rows of another request ({'; '.join(differ)}); choose another --output")
     parts = find_parts(request.source)
-    for split in SPLITS:
-        (output / split).mkdir(parents=True, exist_ok=True)
-    _write_json(output / REQUEST, wanted)
-    tokenizer.save(output)
+    with writing(output):
+        for split in SPLITS:
+            (output / split).mkdir(parents=True, exist_ok=True)
+        _write_json(output / REQUEST, wanted)
+        tokenizer.save(output)
     missing = [index for index in range(len(parts)) if not (output / SPLITS[-1] / f"{index:05d}").is_dir()]
     done = len(parts) - len(missing)
     progress(done, len(parts))
@@ -97,6 +100,11 @@ def prepare(
                 for future in concurrent.futures.as_completed(futures):
                     future.result()
                     progress(done := done + 1, len(parts))
+            except concurrent.futures.process.BrokenProcessPool as error:
+                raise OSError(
+                    f"a process of --workers={workers} was killed, most likely for want of memory; run the same "
+                    "command again with fewer to go on"
+                ) from error
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
@@ -152,7 +160,8 @@ def _prepare_part(part: Part, index: int, request: Request, output: Path, tokeni
             )
         folder = output / split / f"{index:05d}"
         if not folder.is_dir():
-            write_shard(folder, rows, names, [len(x) for x in ids], tokenizer.pad_id)
+            with writing(folder):
+                write_shard(folder, rows, names, [len(x) for x in ids], tokenizer.pad_id)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

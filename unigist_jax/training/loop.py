@@ -71,6 +71,8 @@ def train(
       Preempted: if SIGTERM came before the last step (`unigist_jax.training.preemption`); the checkpoint is saved.
     """
     workdir = Path(workdir)
+    if watch.profile_steps and watch.profile_steps[0] >= run.train.steps:
+        raise ValueError(f"--profile begins at step {watch.profile_steps[0]}, and train.steps={run.train.steps}")
     mesh = make_mesh(**dataclasses.asdict(run.mesh))
     if init_from and not run.data.tokenizer:
         run = dataclasses.replace(run, data=dataclasses.replace(run.data, tokenizer=init_from))

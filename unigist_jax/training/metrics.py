@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from unigist_jax.disk import writing
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -22,22 +25,20 @@ class MetricsWriter:
           resume_step: lines after this step belong to steps that will be run again, and are dropped.
           tensorboard: also write event files to `workdir/tensorboard`, if tensorboardX is installed.
           wandb_project: also log to this project of Weights & Biases; the work directory's name is the run's.
-
-        Raises:
-          ValueError: if the package wandb is asked for and not installed.
         """
         self._wandb = _wandb_run(workdir, wandb_project) if wandb_project else None
-        path = workdir / METRICS_FILE
+        self._path = workdir / METRICS_FILE
         kept = [line for line in read_metrics(workdir) if line["step"] <= resume_step]
-        partial = path.with_suffix(".partial")
+        partial = self._path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(partial, path)
-        self._file = path.open("a")
+        os.replace(partial, self._path)
+        self._file = self._path.open("a")
         self._tensorboard = _tensorboard_writer(workdir, resume_step) if tensorboard else None
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
-        self._file.flush()
+        with writing(self._path):
+            self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+            self._file.flush()
         if self._tensorboard is not None:
             for name, value in scalars.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -69,10 +70,14 @@ def _tensorboard_writer(workdir: Path, resume_step: int):
     return SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
 
 
+def check_wandb(project: str) -> None:
+    """Raises ValueError if Weights & Biases, asked for, is not installed."""
+    if importlib.util.find_spec("wandb") is None:
+        raise ValueError(f"--wandb={project} needs the package wandb: pip install wandb")
+
+
 def _wandb_run(workdir: Path, project: str):
-    try:
-        import wandb
-    except ImportError as error:
-        raise ValueError(f"--wandb={project} needs the package wandb: pip install wandb") from error
+    import wandb
+
     name = Path(workdir).absolute().name
     return wandb.init(project=project, name=name, id=name, dir=str(workdir), resume="allow")

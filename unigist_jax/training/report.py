@@ -13,7 +13,7 @@ from tqdm import tqdm
 from unigist_jax.config import RunConfig
 from unigist_jax.layout import GistLayout
 from unigist_jax.training.flops import peak_flops
-from unigist_jax.training.metrics import MetricsWriter
+from unigist_jax.training.metrics import MetricsWriter, check_wandb
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +31,10 @@ class Watch:
     tensorboard: bool = True
     wandb_project: str | None = None
     profile_steps: tuple[int, int] | None = None
+
+    def __post_init__(self):
+        if self.wandb_project:
+            check_wandb(self.wandb_project)
 
 
 class Reporter:
