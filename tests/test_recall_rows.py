@@ -107,3 +107,17 @@ def test_rows_of_pairs_learn_what_a_key_had_before(tokenizer):
             assert values.setdefault(key, value) == value
         learned = tokenizer.decode(row[1:][mask[:-1]]).split()
         assert len(learned) > 5 and learned == repeated
+
+
+def test_rows_of_repeats_learn_all_but_the_first_time(tokenizer):
+    options = dict(tokenizer=tokenizer, layout=LAYOUT, row_length=64, num_records=32, seed=1, kinds=("repeats",))
+    rows = prepare_recall_rows(interleaved=True, answer_loss_only=True, **options)
+    periods = []
+    for row, mask in zip(rows.tokens, rows.loss_mask, strict=True):
+        body, learned = row[1:-1], np.flatnonzero(mask[:-2])
+        period = learned[0]
+        assert row[0] == tokenizer.bos_id and row[-1] == tokenizer.eos_id and not set(body) & {row[0], row[-1]}
+        np.testing.assert_array_equal(learned, np.arange(period, len(body)))
+        np.testing.assert_array_equal(body[period:], body[:-period])
+        periods.append(period)
+    assert 4 <= min(periods) <= 6 and 24 <= max(periods) <= 31

@@ -32,7 +32,7 @@ def get_config():
         join_documents=True,
         recall_weight=0.75,
         recall_records=65536,
-        recall_kinds="pairs,multi_key,needle",
+        recall_kinds="repeats,pairs,multi_key,needle",
         recall_questions=24,
         recall_digits=4,
         recall_interleaved=True,

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Int32
 
 from unigist_jax.data.pack import PackedRows, pack_documents
 from unigist_jax.data.recall import (
@@ -38,9 +39,12 @@ QUESTION_SLACK = 8  # tokens by which questions of one record may differ in leng
 MOST_QUESTIONS = 3  # behind a short stretch of an interleaved row
 GROWTH = 1.3  # of its stretches
 FROM_ONE = 0.75  # share of interleaved rows whose first stretch is one fact
-PAIRS = "pairs"  # a kind of interleaved rows, beside those of `RECALL_KINDS`
-INTERLEAVED_KINDS = ("needle", "multi_key", PAIRS)
+PAIRS = "pairs"  # kinds of interleaved rows beside those of `RECALL_KINDS`
+REPEATS = "repeats"
+DRILLS = (PAIRS, REPEATS)  # what is trained on and not asked in a test
+INTERLEAVED_KINDS = ("needle", "multi_key", *DRILLS)
 PAIR_KEYS = (1, 64)  # the fewest and the most keys of a row of pairs
+SHORTEST_REPEAT = 4  # tokens of a repeated sequence; the longest is half a row
 
 
 class Part(NamedTuple):
@@ -80,7 +84,8 @@ def prepare_recall_rows(
       digits, key_style, value_style: as for `needle_record`, for all kinds.
       questions: at most so many a record, each with its answer. Plain rows ask several only where the context holds so
         many facts ("multi_key" and "json_kv").
-      interleaved: rows in stretches, of `INTERLEAVED_KINDS`; a "needle" row has many needles.
+      interleaved: rows in stretches, of `INTERLEAVED_KINDS`; a "needle" row has many needles. `DRILLS` are rows of a
+        form of their own, that teach what the others need (`pair_parts`, `repeats`).
 
     Raises:
       ValueError: if `num_records` or `kinds` is empty, `row_length` is too short for a record or not whole units, or a
@@ -105,11 +110,15 @@ def prepare_recall_rows(
     for index in range(num_records):
         rng, kind = np.random.default_rng([seed, index]), kinds[index % len(kinds)]
         tokens, learned = [np.array([tokenizer.bos_id])], [np.zeros(1, bool)]
-        for part in make_parts(kind, rng, **options):
-            encoded = tokenizer.encode(part.text)
-            tokens.append(encoded)
-            learned.append(np.full(len(encoded), part.is_answer))
         room = row_length - 1
+        if kind == REPEATS:
+            parts = [repeats(rng, room - 1, tokenizer)]
+        else:
+            texts = make_parts(kind, rng, **options)
+            parts = [(ids := tokenizer.encode(part.text), np.full(len(ids), part.is_answer)) for part in texts]
+        for ids, learn in parts:
+            tokens.append(ids)
+            learned.append(learn)
         documents.append(np.append(np.concatenate(tokens)[:room], tokenizer.eos_id).astype(np.int32))
         masks.append(np.append(np.concatenate(learned)[:room], True) | (not answer_loss_only))
     return pack_documents(documents, row_length=row_length, layout=layout, pad_id=tokenizer.pad_id, loss_masks=masks)
@@ -244,6 +253,21 @@ def pair_parts(
             return parts
         parts += line
         seen.add(index)
+
+
+def repeats(
+    rng: np.random.Generator, num_tokens: int, tokenizer: Tokenizer
+) -> tuple[Int32[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
+    """A sequence of random tokens over and over, and which tokens can be known: all but the first time.
+
+    What stood behind an earlier occurrence of the same tokens is all there is to learn, and every token asks for it:
+    how to look things up (an induction head: Olsson et al., arXiv 2209.11895). The sequence has any length from
+    `SHORTEST_REPEAT` to half a row, short ones being as frequent as long ones: they are learned first.
+    """
+    marks = [tokenizer.pad_id, tokenizer.bos_id, *tokenizer.stop_ids]
+    vocabulary = np.setdiff1d(np.arange(tokenizer.vocab_size, dtype=np.int32), marks)
+    length = round(SHORTEST_REPEAT * (num_tokens / 2 / SHORTEST_REPEAT) ** rng.random())
+    return np.resize(rng.choice(vocabulary, length), num_tokens), np.arange(num_tokens) >= length
 
 
 def _among_words(

@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from unigist_jax.config import MeshConfig, RunConfig, config_differences
 from unigist_jax.data import PackedRows, Tokenizer, TrainData, eval_batches
 from unigist_jax.data.from_config import heldout_rows, recall_rows, run_tokenizer, train_data
-from unigist_jax.data.recall_rows import PAIRS
+from unigist_jax.data.recall_rows import DRILLS
 from unigist_jax.layout import GistLayout
 from unigist_jax.model import Llama
 from unigist_jax.model.hf import load_hf
@@ -168,7 +168,7 @@ def _read_data(run: RunConfig, tokenizer: Tokenizer) -> tuple[TrainData, Callabl
 def heldout_recall_rows(run: RunConfig, tokenizer: Tokenizer) -> PackedRows:
     """Recall records that training never draws, the loss mask on their answers."""
     records = run.train.eval_recall_rows
-    kinds = [kind for kind in run.data.recall_kinds.split(",") if kind != PAIRS]
+    kinds = [kind for kind in run.data.recall_kinds.split(",") if kind not in DRILLS]
     asked = dataclasses.replace(
         run.data,
         recall_records=records,
