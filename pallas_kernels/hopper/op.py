@@ -7,17 +7,16 @@ Axis legend
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.backends import named_residuals, refusal_of
+from pallas_kernels.backends import refusal_of
 from pallas_kernels.hopper.backward import gist_attention_backward
 from pallas_kernels.hopper.blocks import BackwardBlocks, ForwardBlocks, backward_blocks, forward_blocks
 from pallas_kernels.hopper.forward import gist_attention_forward
 from pallas_kernels.hopper.plan import log_sum_exp_of_rows, row_intervals, segment_of
+from pallas_kernels.pairing import paired
 from unigist_jax.layout import GistLayout, UnitStarts
 
 DTYPES = (jnp.bfloat16, jnp.float16)
@@ -51,14 +50,14 @@ def attend(
     if q.shape[1] == 0:
         return q
     segment = segment_of(layout, q.shape[1])
+    regular = starts.gist_start.ndim == 1
     if blocks is None:
         key = q.shape[-1], layout.ratio, kv.gist_k.shape[1] * layout.ratio
         blocks = forward_blocks(*key), backward_blocks(*key)
     blocks = blocks[0], blocks[1]._replace(deterministic=deterministic)
     kv = type(kv)(*(pad_keys(x) for x in kv))
     intervals = row_intervals(layout, segment, first_unit, first_raw_unit, starts)
-    regular = starts.gist_start.ndim == 1
-    return segment.unpad(_attend(layout, blocks, segment, regular, segment.pad(q), kv, intervals))
+    return segment.unpad(_attend((layout, blocks, segment, regular), segment.pad(q), kv, intervals))
 
 
 def pad_keys(x: Float[Array, "*B N Hkv D"]) -> Array:
@@ -68,21 +67,13 @@ def pad_keys(x: Float[Array, "*B N Hkv D"]) -> Array:
     return jnp.pad(x, widths) if widths[-3][1] else x
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _attend(layout, blocks, segment, regular, q, kv, intervals):
-    return gist_attention_forward(q, kv, layout, segment, intervals, blocks[0], regular)[0]
+def _forward(layout, blocks, segment, regular, q, kv, intervals):
+    return gist_attention_forward(q, kv, layout, segment, intervals, blocks[0], regular)
 
 
-def _attend_forward(layout, blocks, segment, regular, q, kv, intervals):
-    out, lse = named_residuals(*gist_attention_forward(q, kv, layout, segment, intervals, blocks[0], regular))
-    return out, (q, kv, intervals, out, lse)
-
-
-def _attend_backward(layout, blocks, segment, regular, residuals, d_out):
-    q, kv, intervals, out, lse = residuals
+def _backward(layout, blocks, segment, regular, q, kv, intervals, out, lse, d_out):
     lse = log_sum_exp_of_rows(segment, lse)
-    d_q, d_kv = gist_attention_backward(q, kv, out, lse, d_out, layout, segment, intervals, blocks[1])
-    return d_q, d_kv, jax.tree.map(lambda _: None, intervals)
+    return gist_attention_backward(q, kv, out, lse, d_out, layout, segment, intervals, blocks[1])
 
 
-_attend.defvjp(_attend_forward, _attend_backward)
+_attend = paired(_forward, _backward)

@@ -34,8 +34,8 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.tpu.blocks import VMEM_LIMIT
 from pallas_kernels.tpu.cost import key_cost, query_cost
-from pallas_kernels.tpu.forward import key_copies, visit_keys
-from pallas_kernels.tpu.plan import KeyAxis, KeyStream, Segment, is_full
+from pallas_kernels.tpu.plan import KeyAxis, Segment, is_full
+from pallas_kernels.tpu.query_tiles import over_query_tiles
 from pallas_kernels.tpu.stream import BUFFERS, run_stream
 from pallas_kernels.tpu.tiles import NN, NT, TN, dot, mask_scores, scores_of
 
@@ -64,65 +64,34 @@ def query_gradient(
     layout,
 ) -> Float[Array, "B J M C D"]:
     """Gradient of q, in its dtype and tiles."""
-    batch, jobs, num_tiles, columns, dim = q.shape
-    per_kv_head, per_batch = jobs // k.shape[1], int(table.shape[0] > 1)
+    columns, dim = q.shape[3:]
 
-    def kernel(table_ref, q_ref, do_ref, stats_ref, rows_ref, k_hbm, v_hbm, dq_ref, k_buf, v_buf, acc, serial, sems):
-        b, job, tile = (pl.program_id(i) for i in range(3))
-        base = b * per_batch * num_tiles
+    def tile_kernel(walk, q_ref, do_ref, stats_ref, rows_ref, dq_ref, k_buf, v_buf, acc):
         acc[...] = jnp.zeros_like(acc)
 
-        def body(index, buffer):
-            def step(mask):
-                k_tile = k_buf[buffer]
-                refs = q_ref, do_ref, stats_ref, rows_ref
-                for part, _, slopes in _weights_and_slopes(k_tile, v_buf[buffer], *refs, mask, segment.parts):
-                    acc[:, part] += dot(k_tile, slopes.astype(k_tile.dtype), TN)
+        def step(buffer, mask):
+            k_tile = k_buf[buffer]
+            refs = q_ref, do_ref, stats_ref, rows_ref
+            for part, _, slopes in _weights_and_slopes(k_tile, v_buf[buffer], *refs, mask, segment.parts):
+                acc[:, part] += dot(k_tile, slopes.astype(k_tile.dtype), TN)
 
-            visit_keys(table_ref, base + tile, axis, index, step)
-
-        def count_of(step):
-            return KeyStream(table_ref, base + step, axis).count
-
-        where = (b, lax.div(job, jnp.int32(per_kv_head)))
-        copies = key_copies(table_ref, base, axis, (k_hbm, v_hbm), (k_buf, v_buf), sems, where)
-        run_stream(tile, num_tiles, count_of, copies, serial, body)
+        walk(step)
         dq_ref[...] = (acc[...] * dim**-0.5).T.astype(dq_ref.dtype)
 
-    def of_tile(b, j, m, _):
-        return b, j, m, 0, 0
-
-    rows_of_tile = pl.BlockSpec((None, None, None, columns, dim), of_tile)
-    grid_spec = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=1,
-        grid=(batch, jobs, num_tiles),
-        in_specs=[
-            rows_of_tile,
-            rows_of_tile,
-            pl.BlockSpec((None, None, None, 2, columns), of_tile),
-            pl.BlockSpec((None, None, 4, columns), lambda b, j, m, _: (b * per_batch, m, 0, 0)),
-            pl.BlockSpec(memory_space=pltpu.HBM),
-            pl.BlockSpec(memory_space=pltpu.HBM),
-        ],
-        out_specs=rows_of_tile,
-        scratch_shapes=[
-            pltpu.VMEM((BUFFERS, axis.keys, dim), k.dtype),
-            pltpu.VMEM((BUFFERS, axis.keys, dim), v.dtype),
-            pltpu.VMEM((dim, columns), jnp.float32),
-            pltpu.SMEM((1,), jnp.int32),
-            pltpu.SemaphoreType.DMA((2, BUFFERS)),
-        ],
-    )
-    return pl.pallas_call(
-        kernel,
-        grid_spec=grid_spec,
-        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
-        ),
-        cost_estimate=query_cost(layout, segment, axis, q, k),
+    [d_q] = over_query_tiles(
+        tile_kernel,
+        (q, d_out, stats),
+        k,
+        v,
+        intervals,
+        table,
+        outputs=[jax.ShapeDtypeStruct(q.shape, q.dtype)],
+        scratch=[pltpu.VMEM((dim, columns), jnp.float32)],
+        axis=axis,
+        cost=query_cost(layout, segment, axis, q, k),
         name="gist_attention_backward_q",
-    )(table.reshape(-1), q, d_out, stats, intervals, k, v)
+    )
+    return d_q
 
 
 def key_gradients(

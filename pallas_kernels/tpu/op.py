@@ -7,14 +7,13 @@ Axis legend
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from pallas_kernels.backends import named_residuals, refusal_of
+from pallas_kernels.backends import refusal_of
+from pallas_kernels.pairing import paired
 from pallas_kernels.tpu.backward import key_gradients, query_gradient
 from pallas_kernels.tpu.blocks import Blocks, blocks_for
 from pallas_kernels.tpu.forward import gist_attention_forward
@@ -60,7 +59,7 @@ def attend(
     blocks = blocks or blocks_for(q.shape[-1], layout.ratio, kv.gist_k.shape[1] * layout.ratio)
     segment, axis = cut(q.shape, kv, layout, blocks)
     intervals = row_intervals(layout, segment, axis, first_unit, first_raw_unit, starts)
-    return _attend(layout, segment, axis, q, kv, intervals)
+    return _attend((layout, segment, axis), q, kv, intervals)
 
 
 def _tiled(segment, axis, q, kv, intervals):
@@ -69,19 +68,12 @@ def _tiled(segment, axis, q, kv, intervals):
     return segment.tile(q), k, v, column_intervals(segment, intervals), key_table(segment, axis, intervals)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _attend(layout, segment, axis, q, kv, intervals):
-    return _forward(layout, segment, axis, q, kv, intervals)[0]
-
-
 def _forward(layout, segment, axis, q, kv, intervals):
     out, lse = gist_attention_forward(*_tiled(segment, axis, q, kv, intervals), segment, axis, layout)
-    out, lse = named_residuals(segment.untile(out), lse)
-    return out, (q, kv, intervals, out, lse)
+    return segment.untile(out), lse
 
 
-def _backward(layout, segment, axis, residuals, d_out):
-    q, kv, intervals, out, lse = residuals
+def _backward(layout, segment, axis, q, kv, intervals, out, lse, d_out):
     q, k, v, columns, table = _tiled(segment, axis, q, kv, intervals)
     delta = segment.tile((d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1))[..., None, :]
     # in rows of padding a log-sum-exp so high that their weights vanish
@@ -94,7 +86,7 @@ def _backward(layout, segment, axis, residuals, d_out):
         [d.astype(x.dtype) for d, x in zip(axis.untile(d_tiles), kv[::2], strict=True)] for d_tiles in (d_k, d_v)
     )
     d_kv = type(kv)(*(d for pair in zip(d_k, d_v, strict=True) for d in pair))
-    return segment.untile(d_q), d_kv, None
+    return segment.untile(d_q), d_kv
 
 
-_attend.defvjp(_forward, _backward)
+_attend = paired(_forward, _backward)

@@ -9,13 +9,13 @@ Axis legend
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.backends import named_residuals, refusal_of
+from pallas_kernels.backends import refusal_of
+from pallas_kernels.pairing import paired
 from pallas_kernels.triton import backward_kernel, forward_kernel
 from pallas_kernels.triton.blocks import Blocks, KernelBlocks, kernel_blocks
 from pallas_kernels.triton.call import capability, launch
@@ -52,12 +52,7 @@ def attend(
         return q
     blocks = blocks or kernel_blocks(capability(), q.shape[-1])
     starts = UnitStarts(*(jnp.atleast_2d(x).astype(jnp.int32) for x in starts))
-    return _attend(layout, blocks, q, kv, starts, place_of(first_unit, first_raw_unit))
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(layout, blocks, q, kv, starts, place):
-    return forward(layout, blocks.forward, q, kv, starts, place)[0]
+    return _attend((layout, blocks), q, kv, starts, place_of(first_unit, first_raw_unit))
 
 
 def _queries_side(layout, blocks: Blocks, q, kv, starts):
@@ -129,13 +124,11 @@ def key_gradients(layout, source: int, blocks: Blocks, queries, place, k, v, sta
     return [x[0] if whole else x.sum(0).astype(k.dtype) for x in grads]
 
 
-def _attend_forward(layout, blocks, q, kv, starts, place):
-    out, lse = named_residuals(*forward(layout, blocks.forward, q, kv, starts, place))
-    return out, (q, kv, starts, place, out, lse)
+def _forward(layout, blocks, q, kv, starts, place):
+    return forward(layout, blocks.forward, q, kv, starts, place)
 
 
-def _attend_backward(layout, blocks, residuals, d_out):
-    q, kv, starts, place, out, lse = residuals
+def _backward(layout, blocks, q, kv, starts, place, out, lse, d_out):
     d_q, delta = query_gradient(layout, blocks.query_gradient, q, kv, starts, place, out, lse, d_out)
     rest = (q, d_out, lse, delta), place
     d_sinks = jnp.zeros_like(kv.sink_k), jnp.zeros_like(kv.sink_v)
@@ -144,7 +137,7 @@ def _attend_backward(layout, blocks, residuals, d_out):
         d_sinks = key_gradients(layout, SINKS, blocks.key_gradient, *rest, *sinks, starts.gist_start)
     d_gists = key_gradients(layout, GISTS, blocks.key_gradient, *rest, kv.gist_k, kv.gist_v, starts.gist_start)
     d_raws = key_gradients(layout, RAWS, blocks.raw_gradient, *rest, kv.raw_k, kv.raw_v, starts.raw_start)
-    return d_q, type(kv)(*d_sinks, *d_gists, *d_raws), *jax.tree.map(lambda _: None, (starts, place))
+    return d_q, type(kv)(*d_sinks, *d_gists, *d_raws)
 
 
-_attend.defvjp(_attend_forward, _attend_backward)
+_attend = paired(_forward, _backward)
