@@ -54,6 +54,10 @@ def attend(
     if blocks is None:
         key = q.shape[-1], layout.ratio, kv.gist_k.shape[1] * layout.ratio
         blocks = forward_blocks(*key), backward_blocks(*key)
+        if not regular:
+            # a document's blocks wait for that of the sinks, which walks over the whole row: once, if no round of heads
+            # comes after another
+            blocks = blocks[0], blocks[1]._replace(heads=q.shape[2])
     blocks = blocks[0], blocks[1]._replace(deterministic=deterministic)
     kv = type(kv)(*(pad_keys(x) for x in kv))
     intervals = row_intervals(layout, segment, first_unit, first_raw_unit, starts)
