@@ -12,7 +12,7 @@ PARTS = ("forward", "both")  # both: forward + backward
 KINDS = ("attention", "flex", "decode", "documents")
 NAMES = {"cudnn": "cuDNN causal", "folded": "folded cuDNN", "flex": "FlexAttention"}
 SHAPE = ("query", "kv", "dim")
-NO_CASE = {"what", "reason", *SHAPE}  # what does not tell cases apart
+NO_CASE = {"what", "reason", "ratio", *SHAPE}  # what does not tell cases apart
 
 
 def pair(row: dict | None, form: str, names: tuple[str, str] = PARTS) -> str:
@@ -79,6 +79,8 @@ def attention_tables(result: dict) -> Iterator[str]:
                 cells += gain(own, causal), gain(own, folded), gain(beside_flex, rival)
                 rows.append([*cells, pair(own, "{:.0%}", ("share_forward", "share_both"))])
             head = ["raws", "r", f"{backend} ms", *NAMES.values(), *(f"over {x}" for x in NAMES.values())]
+            if not rows:
+                continue
             yield (
                 f"Backend `{backend}`, {query} query heads, {kv} KV heads, dim {dim}, {default['sinks']} sinks, window "
                 f"{default['window']}; forward / forward + backward:"
@@ -111,30 +113,32 @@ def document_lines(result: dict) -> Iterator[str]:
 
 def missing_lines(result: dict) -> Iterator[str]:
     """What was not measured, and why; cases of one reason together."""
-    reasons: dict[str, list[str]] = {}
+    reasons: dict[str, dict[str, dict]] = {}  # of each, the cases, and of each case the contenders, in order
     for kind in KINDS:
         for row in result.get(kind, []):
             if "reason" in row:
-                case = ", ".join(f"{k} {v}" for k, v in row.items() if k not in NO_CASE)
-                heads = "x".join(str(row[x]) for x in SHAPE if x in row)
-                reasons.setdefault(row["reason"], []).append(
-                    f"{row['what']} ({case}{', heads ' + heads if heads else ''})"
-                )
+                case = [f"{k} {v}" for k, v in row.items() if k not in NO_CASE]
+                if "query" in row:
+                    case.append("heads " + "x".join(str(row[x]) for x in SHAPE))
+                contenders = reasons.setdefault(row["reason"], {}).setdefault(", ".join(case), {})
+                contenders[f"{row['what']} r={row['ratio']}" if "ratio" in row else row["what"]] = None
     if reasons:
         yield "Not measured:"
-        yield "\n".join(f"- {reason}: {'; '.join(cases)}" for reason, cases in reasons.items())
+        for reason, cases in reasons.items():
+            told = "; ".join(f"{', '.join(contenders)} ({case})" for case, contenders in cases.items())
+            yield f"- {reason}: {told}"
 
 
 def device_said(groups: list[dict]) -> str:
-    """Rates, clock and power of the device, as far as they were measured: from the least to the largest of a group."""
+    """Rates of the device, clock and power under attention, as far as measured: from the least to the largest group."""
     told = []
-    for name, what, form, unit in (
-        ("copy_tb_s", "copy", ".2f", "TB/s"),
-        ("matmul_tflop_s", "matrix product", ".0f", "TFLOP/s"),
-        ("sm_mhz", "clock", ".0f", "MHz"),
-        ("watts", "power", ".0f", "W"),
+    for kinds, name, what, form, unit in (
+        (KINDS, "copy_tb_s", "copy", ".2f", "TB/s"),
+        (KINDS, "matmul_tflop_s", "matrix product", ".0f", "TFLOP/s"),
+        (KINDS[:1], "sm_mhz", "clock", ".0f", "MHz"),
+        (KINDS[:1], "watts", "power", ".0f", "W"),
     ):
-        found = [group[name] for group in groups if name in group]
+        found = [group[name] for group in groups if name in group and group["kind"] in kinds]
         if found := [x[1] if isinstance(x, list) else x for x in found]:  # of least, median and largest the median
             ends = dict.fromkeys(format(x, form) for x in (min(found), max(found)))
             told.append(f"{what} {' to '.join(ends)} {unit}")

@@ -48,7 +48,7 @@ BUDGET_SPENT = "not begun within the budget"
 
 def by_turns(
     programs: Mapping[Hashable, Program], rounds: int, end: float = math.inf
-) -> dict[Hashable, list[float] | Exception]:
+) -> tuple[dict[Hashable, list[float] | Exception], dict[str, list[float]]]:
     """Times programs against each other: in each round one sample of each, in an order drawn anew.
 
     Args:
@@ -56,7 +56,8 @@ def by_turns(
       end: `time.perf_counter()` after which no further round begins.
 
     Returns:
-      for each program its milliseconds, round by round, or the error that it ended with.
+      for each program its milliseconds, round by round, or the error that it ended with; and the device's clock and
+      power during the rounds (`watched`).
     """
     found: dict[Hashable, list[float] | Exception] = {name: [] for name in programs}
     calls, draw = {}, random.Random(0)
@@ -69,15 +70,16 @@ def by_turns(
 
     for name, program in programs.items():
         calls[name] = attempt(name, program.warmed)
-    for _ in range(rounds):
-        running = [name for name in programs if not isinstance(found[name], Exception)]
-        if time.perf_counter() > end:
-            break
-        for name in draw.sample(running, len(running)):
-            seconds = attempt(name, functools.partial(programs[name].seconds, calls[name]))
-            if seconds is not None:
-                found[name].append(seconds * 1e3)
-    return found
+    with watched() as state:
+        for _ in range(rounds):
+            running = [name for name in programs if not isinstance(found[name], Exception)]
+            if time.perf_counter() > end:
+                break
+            for name in draw.sample(running, len(running)):
+                seconds = attempt(name, functools.partial(programs[name].seconds, calls[name]))
+                if seconds is not None:
+                    found[name].append(seconds * 1e3)
+    return found, state
 
 
 def first_line(error: Exception) -> str:
@@ -115,8 +117,7 @@ def timed(group: Group, prepared: list[Callable | Exception], rounds: int, end: 
         except Exception as error:
             errors[i] = error.with_traceback(None)
     make_yardstick, rate_name, rate = YARDSTICKS[group.yardstick]
-    with watched() as state:
-        samples = by_turns(programs | {group.yardstick: make_yardstick()}, rounds, end)
+    samples, state = by_turns(programs | {group.yardstick: make_yardstick()}, rounds, end)
     measure, rows = samples.pop(group.yardstick), []
     if isinstance(measure, Exception):
         raise measure

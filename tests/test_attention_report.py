@@ -33,7 +33,7 @@ RESULT = {
         row("cudnn", 32768, 12.0, 45.0, **BASE),
         row("hopper", 32768, 4.0, 15.0, ratio=4, **BASE, **SHARES),
         row("hopper", 32768, 5.0, 16.0, ratio=4, **WIDE, **SHARES),
-        {"what": "folded", "length": 32768, "ratio": 4, "reason": "RuntimeError: no plan"} | BASE,
+        *({"what": "folded", "length": 32768, "ratio": r, "reason": "RuntimeError: no plan"} | BASE for r in (4, 8)),
     ],
     "flex": [
         row("hopper", 32768, 4.5, 20.0, ratio=4, **BASE, **SHARES),
@@ -56,8 +56,8 @@ def test_tables_pair_each_time_with_its_peers_of_the_same_group():
     assert "8 query heads, 8 KV heads" in text and "| 32K | 4 | 5 / 16 | 80% / 60% |" in text  # no peer of that shape
     assert "| hopper | 1 | 50.0 | 2.70 | 90% |" in text
     assert "16 in a row of 128K" in text and "6.00 / 5.00 times as fast" in text
-    assert "- RuntimeError: no plan: folded (length 32768, ratio 4, heads 8x2x128)" in text
-    assert "copy 3.00 TB/s, matrix product 650 to 700 TFLOP/s, clock 1410 to 1980 MHz, power 400 to 690 W." in text
+    assert "- RuntimeError: no plan: folded r=4, folded r=8 (length 32768, heads 8x2x128)" in text
+    assert "copy 3.00 TB/s, matrix product 650 to 700 TFLOP/s, clock 1410 MHz, power 690 W." in text
 
 
 def test_a_speed_up_is_the_median_of_the_ratios_within_a_round():
