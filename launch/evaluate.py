@@ -46,6 +46,7 @@ _CHUNK_SIZE = flags.DEFINE_integer("chunk_size", 128, "boundary and recall: raws
 _BUCKET = flags.DEFINE_integer("bucket", 16, "boundary: positions averaged in the plot", lower_bound=1)
 _RECORDS = flags.DEFINE_integer("records", 32, "recall: records of each task", lower_bound=1)
 _TASKS = flags.DEFINE_list("tasks", ["needle"], f"recall: which of {', '.join(recall.TASKS)}")
+_DIGITS = flags.DEFINE_integer("digits", None, "recall: digits of a number (default: as trained, or 7)", lower_bound=1)
 _HELMET = flags.DEFINE_multi_string("helmet", [], "helmet: CATEGORY=FILE of your copy of its data; may be repeated")
 _HELMET_RECORDS = flags.DEFINE_integer("helmet_records", 100, "helmet: records of each file; 0: all", lower_bound=0)
 _HELMET_CHAT = flags.DEFINE_bool("helmet_chat", False, "helmet: each record a user's message, by the chat template")
@@ -178,6 +179,7 @@ def _helmet(evaluation: Evaluation) -> dict:
 def _recall(evaluation: Evaluation) -> dict:
     loaded, results = evaluation.loaded, {}
     filler = recall_filler(loaded.data, "heldout", loaded.tokenizer)
+    digits = _DIGITS.value or loaded.data.recall_digits
     for length in evaluation.lengths:
         for task in _TASKS.value:
             records = recall.make_records(
@@ -186,13 +188,13 @@ def _recall(evaluation: Evaluation) -> dict:
                 length=length,
                 count=_RECORDS.value,
                 filler=filler,
-                digits=loaded.data.recall_digits,
+                digits=digits,
                 values=loaded.data.recall_values,
             )
             for method, layout in evaluation.layouts.items():
                 name = f"{task}, {length}, {method}"
                 ask = functools.partial(recall.evaluate_recall, loaded.model, loaded.tokenizer, records)
-                samples = _logged(evaluation, "recall", name, len(records), method, layout, ask)
+                samples = _logged(evaluation, "recall", name, len(records), method, layout, ask, {"digits": digits})
                 result = results[name] = recall.summarize(samples) | {"task": task, "length": length, "method": method}
                 print(
                     f"recall, {name}: {result['accuracy']:.3f} of {len(samples)} records, "
