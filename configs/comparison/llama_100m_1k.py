@@ -1,4 +1,4 @@
-"""The comparison at 100M parameters on rows of 1,024 tokens, for minutes of one GPU a run: a far shorter `llama_100m.py`.
+"""The comparison at 100M parameters on rows of 1,024 tokens, minutes of one GPU a run: a far shorter `llama_100m.py`.
 
 python -m launch.train --config=configs/comparison/llama_100m_1k.py --config.method=METHOD \
     --init_from=runs/base_100m/hf --workdir=runs/100m/METHOD
