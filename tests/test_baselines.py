@@ -164,8 +164,8 @@ def test_bytes_are_the_budget(name):
     _, cache = read(name, random_model(), [random_prompt(640)], ratio=2, capacity=672)
     per_layer = [layer.k.shape[1] // HEADS for layer in cache.layers]
     assert per_layer == ([576, 320, 64] if name == "pyramidkv" else [320, 320, 320])
-    assert cache.kept_nbytes == 320 * LAYERS * HEADS * TOKEN_BYTES
-    assert cache.nbytes == cache.kept_nbytes + 32 * LAYERS * HEADS * TOKEN_BYTES
+    assert sum(x.nbytes for layer in cache.layers for x in (layer.k, layer.v)) == 320 * LAYERS * HEADS * TOKEN_BYTES
+    assert cache.nbytes == (320 + 32) * LAYERS * HEADS * TOKEN_BYTES
     for layer, budget in zip(cache.layers, per_layer, strict=True):
         counts = layer.count[0].tolist()
         assert sum(counts) == budget * HEADS

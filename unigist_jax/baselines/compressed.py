@@ -100,11 +100,6 @@ class CompressedCache:
         """Bytes of all keys and values, as allocated."""
         return sum(x.nbytes for layer in self.layers for x in (layer.k, layer.v, layer.tail_k, layer.tail_v))
 
-    @property
-    def kept_nbytes(self) -> int:
-        """Bytes of the keys and values that are kept of the contexts, as allocated."""
-        return sum(x.nbytes for layer in self.layers for x in (layer.k, layer.v))
-
     def select(self, rows: Sequence[int]) -> CompressedCache:
         """A copy that holds these sequences, in this order; repeats are allowed."""
         return select_rows(self, rows)
