@@ -26,7 +26,8 @@ def rows_of_run(name: str, workdir: Path, evaluation: Path) -> list[dict[str, An
 
     Returns:
       Dicts of `method`, `trained` (whether the run was trained for it), `recall` (by "TASK, LENGTH"), `by_depth` (the
-      same), `cache_bytes` (by length), and, where there are, `perplexity`, `curve`, `border_jump`, `tokens_per_second`.
+      same), `cache_bytes` (by length; of the task that was given least room), and, where there are, `perplexity`,
+      `curve`, `border_jump`, `tokens_per_second`.
     """
 
     def result(suite: str) -> dict[str, Any]:
@@ -51,7 +52,8 @@ def rows_of_run(name: str, workdir: Path, evaluation: Path) -> list[dict[str, An
         task = f"{summary['task']}, {summary['length']}"
         row["recall"][task] = {key: summary[key] for key in ("accuracy", "token_accuracy", "samples")}
         row["by_depth"][task] = summary["by_depth"]
-        row["cache_bytes"][str(summary["length"])] = summary["cache_bytes"]
+        length, held = str(summary["length"]), row["cache_bytes"]
+        held[length] = min(held.get(length, summary["cache_bytes"]), summary["cache_bytes"])
     rows[own] |= {
         "perplexity": perplexity["methods"][own]["perplexity"],
         "curve": {key: boundary["methods"][own][key] for key in ("position", "perplexity")},
