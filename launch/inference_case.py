@@ -157,14 +157,13 @@ def random_model(config: LlamaConfig, layout, mesh=None):
     import jax
     import jax.numpy as jnp
     from flax import nnx
-    from jax.sharding import NamedSharding, PartitionSpec
 
     from unigist_jax.inference import for_inference
     from unigist_jax.model import Llama
-    from unigist_jax.sharding import abstract_on
+    from unigist_jax.sharding import abstract_on, layer_sharding
 
     def of_one_layer(stack):
-        sharding = NamedSharding(mesh, PartitionSpec(*stack.sharding.spec[1:])) if mesh else None
+        sharding = layer_sharding(stack.sharding) if mesh else None
         return jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype, sharding=sharding)
 
     model = jax.eval_shape(lambda: Llama(config, layout, rngs=nnx.Rngs(params=0)))

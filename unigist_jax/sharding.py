@@ -126,6 +126,21 @@ def abstract_on(mesh: Mesh, tree: Any) -> Any:
     )
 
 
+def layer_sharding(stack: Any) -> Any:
+    """That of one layer, from the sharding of a stack of layers; one that is no NamedSharding, or None, as it is."""
+    if not isinstance(stack, NamedSharding):
+        return stack
+    return NamedSharding(stack.mesh, PartitionSpec(*stack.spec[1:]))
+
+
+def columns_sharding(table: Any, num_columns: int) -> Any:
+    """Columns of a table over the mesh's `tensor` axis, where there is one that divides them; else the table's own."""
+    devices = table.mesh.shape.get("tensor", 1) if isinstance(table, NamedSharding) else 1
+    if devices == 1 or num_columns % devices:
+        return table
+    return NamedSharding(table.mesh, PartitionSpec(None, "tensor"))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of arrays whose first axis is the batch."""
     return NamedSharding(mesh, partition_spec("batch"))

@@ -12,11 +12,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int32
 
 from unigist_jax.model import Llama
-from unigist_jax.sharding import parameter_path
+from unigist_jax.sharding import columns_sharding, layer_sharding, parameter_path
 
 
 def for_inference(model: Llama) -> Llama:
@@ -33,7 +32,7 @@ def for_inference(model: Llama) -> Llama:
         for path, stack in stacks:
             dtype = stack.dtype if "norm" in parameter_path(path) else jnp.dtype(config.dtype)
             for index, leaves in enumerate(layers):
-                leaves.append(_cut(stack, index, dtype, _without_first_axis(stack.sharding)))
+                leaves.append(_cut(stack, index, dtype, layer_sharding(stack.sharding)))
             stack.delete()
         apart = nnx.List([jax.tree.unflatten(treedef, leaves) for leaves in layers])
     else:
@@ -43,25 +42,11 @@ def for_inference(model: Llama) -> Llama:
     for name in ("embedding", "gist_embedding", "sink_embedding", "head"):
         if getattr(out, name) is not None:
             old = getattr(out, name)[...]
-            placed = _by_columns(old.sharding, old.shape) if name == "embedding" else old.sharding
+            placed = columns_sharding(old.sharding, old.shape[1]) if name == "embedding" else old.sharding
             if old.dtype != config.dtype or placed != old.sharding:
                 setattr(out, name, nnx.Param(jax.device_put(old.astype(config.dtype), placed)))
                 old.delete()
     return out
-
-
-def _by_columns(sharding, shape: tuple[int, int]):
-    """Columns of a table over the mesh's `tensor` axis, where there is one that divides them."""
-    devices = sharding.mesh.shape.get("tensor", 1) if isinstance(sharding, NamedSharding) else 1
-    if devices == 1 or shape[1] % devices:
-        return sharding
-    return NamedSharding(sharding.mesh, PartitionSpec(None, "tensor"))
-
-
-def _without_first_axis(sharding):
-    if not isinstance(sharding, NamedSharding):
-        return sharding
-    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
 
 
 @partial(jax.jit, static_argnames=("dtype", "sharding"))

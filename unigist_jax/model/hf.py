@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -33,7 +33,7 @@ from unigist_jax.model.gist_init import initial_embeddings
 from unigist_jax.model.hf_config import config_from_hf, config_to_hf, layout_from_hf
 from unigist_jax.model.hf_weights import GIST_PARAMETERS, HF_WEIGHTS, is_stacked, names_and_shape
 from unigist_jax.model.llama import Llama
-from unigist_jax.sharding import check_split, parameter_path, tree_shardings
+from unigist_jax.sharding import check_split, layer_sharding, parameter_path, tree_shardings
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -161,10 +161,9 @@ def _stored_parameter(
 
     if not is_stacked(path):
         return one_layer(names[0], sharding)
-    layer_sharding = sharding and NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
     stack = jax.jit(partial(jnp.zeros, leaf.shape, leaf.dtype), out_shardings=sharding)()
     for index, name in enumerate(names):
-        stack = jax.block_until_ready(_with_layer(stack, one_layer(name, layer_sharding), index))
+        stack = jax.block_until_ready(_with_layer(stack, one_layer(name, layer_sharding(sharding)), index))
     return stack
 
 
