@@ -10,9 +10,9 @@ gists alone) and PyTorch's FlexAttention with the gist-shifted block mask (launc
 counting bytes read and written, and a bf16 matrix product. Correctness is the business of tests/test_kernels.py.
 
 A GPU at its limit of power changes its clock with what it has just done. So all that is compared is timed by turns
-(launch/timing.py): `--repeats` rounds, in each one sample of every program of a group, the yardstick among them. Times
-are medians of the samples, speed-ups and shares medians of the ratios within a round. A group is one length with one
-shape of the heads; FlexAttention beside the kernels; decoding; packed documents.
+(launch/by_turns.py): `--repeats` rounds, in each one sample of every program of a group, the yardstick among them.
+Times are medians of the samples, speed-ups and shares medians of the ratios within a round. A group is one length
+with one shape of the heads; FlexAttention beside the kernels; decoding; packed documents.
 
 All but FlexAttention compiles first, several cases at a time; then groups are timed, and nothing else runs. The JSON
 grows with every group. What fails, or no longer fits `--budget`, is recorded with its reason. Contexts above 128K cost

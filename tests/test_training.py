@@ -106,7 +106,7 @@ def first_batch(packed):
 
 @pytest.mark.parametrize(("chunk", "shards", "tied"), [(1, 1, False), (13, 1, True), (7, 2, False), (32, 1, False)])
 def test_chunked_losses_are_the_unchunked_ones(chunk, shards, tied):
-    """Every token's loss, and the gradients of a multiple of their sum, from hidden states of any origin."""
+    """Every token's loss and their sum, and the gradients of both, from hidden states of any origin."""
     config = LlamaConfig(
         VOCAB, 16, 24, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=2, dtype="float32", tie_embeddings=tied
     )
@@ -115,20 +115,24 @@ def test_chunked_losses_are_the_unchunked_ones(chunk, shards, tied):
     hidden = jnp.asarray(rng.standard_normal((2, 32, 16)), jnp.float32)
     tokens = jnp.asarray(rng.integers(0, VOCAB, (2, 32)), jnp.int32)
     mask = jnp.asarray(rng.random((2, 32)) < 0.7).at[:, -1].set(False)  # the last has no target
+    weight = jnp.asarray(rng.standard_normal((2, 32)), jnp.float32).at[:, -1].set(0)
 
     def chunked(model, hidden):
         loss = summed_cross_entropy(head_of(model), hidden, next_tokens(tokens), mask, chunk, shards)
-        return -3.7 * loss, token_losses(model, hidden, tokens, chunk)
+        losses = token_losses(model, hidden, tokens, chunk)
+        return (-3.7 * loss, jnp.sum(losses * weight)), losses
 
     def at_once(model, hidden):
         logs = jax.nn.log_softmax(model.logits(hidden))
         losses = -jnp.take_along_axis(logs, jnp.roll(tokens, -1, axis=1)[..., None], axis=-1)[..., 0]
-        return -3.7 * jnp.sum(jnp.where(mask, losses, 0.0)), losses
+        return (-3.7 * jnp.sum(jnp.where(mask, losses, 0.0)), jnp.sum(losses * weight)), losses
 
-    (loss, losses), gradient = jax.jit(jax.value_and_grad(chunked, (0, 1), has_aux=True))(model, hidden)
-    (expected_loss, expected_losses), expected = jax.jit(jax.value_and_grad(at_once, (0, 1), has_aux=True))(
-        model, hidden
-    )
+    def values_and_gradients(function):
+        sums, pull, losses = jax.vjp(function, model, hidden, has_aux=True)
+        return sums[0], losses, [pull(tuple(map(jnp.float32, of)))[:2] for of in ((1, 0), (0, 1))]
+
+    loss, losses, gradient = jax.jit(lambda: values_and_gradients(chunked))()
+    expected_loss, expected_losses, expected = jax.jit(lambda: values_and_gradients(at_once))()
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
     np.testing.assert_allclose(loss, -3.7 * jnp.sum(jnp.where(mask, losses, 0.0)), rtol=1e-6)
     np.testing.assert_allclose(losses[:, :-1], expected_losses[:, :-1], rtol=1e-6)

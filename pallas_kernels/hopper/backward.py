@@ -187,7 +187,9 @@ def gist_attention_backward(
             plgpu.set_max_registers(240, action="increase")
             shape = (64, 64)  # of the scores that a warpgroup has in registers
             parts = [pl.ds(i, 64) for i in range(0, tile_rows, 64)]
-            across = lambda x: lax.broadcast_in_dim(x, shape, [1])  # noqa: E731
+
+            def across(x):
+                return lax.broadcast_in_dim(x, shape, [1])
 
             def ds_slot_of(step):
                 return lax.rem(step + 1, jnp.int32(ds_slots))

@@ -109,19 +109,20 @@ def prepare_recall_rows(
     documents, masks = [], []
     for index in range(num_records):
         rng, kind = np.random.default_rng([seed, index]), kinds[index % len(kinds)]
-        tokens, learned = [np.array([tokenizer.bos_id])], [np.zeros(1, bool)]
-        room = row_length - 1
-        if kind == REPEATS:
-            parts = [repeats(rng, room - 1, tokenizer)]
+        if interleaved and kind == REPEATS:
+            ids, learned = repeats(rng, row_length - 2, tokenizer)
         else:
-            texts = make_parts(kind, rng, **options)
-            parts = [(ids := tokenizer.encode(part.text), np.full(len(ids), part.is_answer)) for part in texts]
-        for ids, learn in parts:
-            tokens.append(ids)
-            learned.append(learn)
-        documents.append(np.append(np.concatenate(tokens)[:room], tokenizer.eos_id).astype(np.int32))
-        masks.append(np.append(np.concatenate(learned)[:room], True) | (not answer_loss_only))
+            ids, learned = encode_parts(make_parts(kind, rng, **options), tokenizer)
+        ids, learned = ids[: row_length - 2], learned[: row_length - 2]
+        documents.append(np.concatenate([[tokenizer.bos_id], ids, [tokenizer.eos_id]]).astype(np.int32))
+        masks.append(np.concatenate([[False], learned, [True]]) | (not answer_loss_only))
     return pack_documents(documents, row_length=row_length, layout=layout, pad_id=tokenizer.pad_id, loss_masks=masks)
+
+
+def encode_parts(parts: Sequence[Part], tokenizer: Tokenizer) -> tuple[Int32[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
+    """Tokens of the parts, each encoded on its own, and which of them are an answer's."""
+    encoded = [tokenizer.encode(part.text) for part in parts]
+    return np.concatenate(encoded), np.repeat([part.is_answer for part in parts], [len(ids) for ids in encoded])
 
 
 def plain_parts(
