@@ -38,6 +38,33 @@ def milliseconds(row: dict | None) -> str:
     return pair(row, "{:.3g}")
 
 
+def merged(results: list[dict]) -> dict:
+    """The figures of several runs as one; what one run lacks another may have.
+
+    Args:
+      results: raw figures of runs that measured different groups, on one kind of device with the same releases.
+
+    Raises:
+      ValueError: if devices, releases, rounds, backends or heads differ, or two runs measured the same case.
+    """
+    first = results[0]
+    for name in ("device", "versions", "repeats", "backends", "shape"):
+        if other := next((result for result in results if result[name] != first[name]), None):
+            raise ValueError(f"runs with different {name} cannot be merged: {first[name]} and {other[name]}")
+    together = first | {"command": "`, then `".join(result["command"] for result in results)}
+    together["groups"] = [group for result in results for group in result["groups"]]
+    for kind in KINDS:
+        rows: dict[tuple, dict] = {}
+        for row in (row for result in results for row in result.get(kind, [])):
+            key = tuple(row.get(name) for name in ("what", "length", "ratio", "batch", "documents", *SHAPE))
+            if key in rows and "reason" not in row and "reason" not in rows[key]:
+                raise ValueError(f"two runs measured the same case: {key}")
+            if key not in rows or "reason" in rows[key]:
+                rows[key] = row
+        together[kind] = list(rows.values())
+    return together
+
+
 class Attention:
     """The measurements of whole sequences, by contender, length, ratio and heads.
 

@@ -3,6 +3,7 @@
     export XLA_PYTHON_CLIENT_PREALLOCATE=false     # PyTorch, which runs one of the peers, needs memory too
     python -m launch.bench_attention --out=DIR                                # DIR/bench_attention.{json,md,png}
     python -m launch.bench_attention --backends=triton --lengths=32768,131072 --peers=flex --out=DIR
+    python -m launch.bench_attention --merge=A/bench_attention.json,B/bench_attention.json --out=DIR    # two runs
     python -m launch.bench_attention --render=docs/data/bench_attention.json --into=docs/benchmarks.md   # no GPU needed
 
 Peers, all with the same heads, sinks and window: jax's cuDNN causal attention on the T raws, folded cuDNN (sinks and
@@ -80,9 +81,11 @@ BUDGET = flags.DEFINE_integer(
 )
 COMPILE_THREADS = flags.DEFINE_integer("compile_threads", 12, "cases that compile at a time", lower_bound=1)
 OUT = flags.DEFINE_string("out", "", "directory for the raw JSON, the tables and the plot")
+MERGE = flags.DEFINE_list("merge", [], "raw JSONs of runs that measured different groups: one of all goes to --out")
 RENDER = flags.DEFINE_string("render", "", "raw JSON of an earlier run: print its tables and plot it beside, no timing")
 INTO = flags.DEFINE_string("into", "", "with --render, a Markdown file to put the tables into, between its two marks")
 
+RAW = "bench_attention.json"
 LONG = 131072  # the row of the packed documents; longer contexts come last
 
 
@@ -267,16 +270,33 @@ def checked_backends() -> list[str]:
     return backends
 
 
+def out_directory() -> Path:
+    """That of --out, made. Raises ValueError where the flag is missing."""
+    if not OUT.value:
+        raise ValueError("--out is missing: the directory for the results")
+    out = Path(OUT.value)
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def save(result: dict, out: Path) -> None:
+    """Writes raw figures, tables and plot."""
+    (out / RAW).write_text(json.dumps(result, indent=1) + "\n")
+    (out / RAW).with_suffix(".md").write_text(attention_report.tables(result))
+    attention_report.plot(result, (out / RAW).with_suffix(".png"))
+
+
 def main(_: list[str]) -> None:
     if RENDER.value:
         attention_report.REPORT.write(Path(RENDER.value), Path(INTO.value) if INTO.value else None)
         return
+    if MERGE.value:
+        save(attention_report.merged([json.loads(Path(x).read_text()) for x in MERGE.value]), out_directory())
+        return
     if jax.default_backend() != "gpu":
         raise ValueError(f"this benchmark times GPU kernels; this is {jax.devices()[0].device_kind}")
     backends = checked_backends()
-    out = Path(OUT.value) if OUT.value else None
-    if out:
-        out.mkdir(parents=True, exist_ok=True)
+    out = out_directory() if OUT.value else None
     warm_up()
     result = {
         "command": " ".join(["python -m launch.bench_attention", *(x for x in sys.argv[1:] if "--out" not in x)]),
@@ -300,11 +320,10 @@ def main(_: list[str]) -> None:
             print(group.kind, *(f"{k}={brief(v)}" for k, v in row.items() if k != "samples"), flush=True)
         print(result["groups"][-1], flush=True)
         if out:
-            (out / "bench_attention.json").write_text(json.dumps(result, indent=1) + "\n")
+            (out / RAW).write_text(json.dumps(result, indent=1) + "\n")
     print(attention_report.tables(result))
     if out:
-        (out / "bench_attention.md").write_text(attention_report.tables(result))
-        attention_report.plot(result, out / "bench_attention.png")
+        save(result, out)
 
 
 if __name__ == "__main__":

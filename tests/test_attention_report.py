@@ -67,6 +67,21 @@ def test_a_speed_up_is_the_median_of_the_ratios_within_a_round():
     assert attention_report.times_as_fast(own, peer, "forward") == 3.0
 
 
+def test_runs_that_measured_different_groups_become_one():
+    kinds = ("attention", "flex", "decode", "documents")
+    first, second = ({k: v for k, v in RESULT.items() if k not in kinds} for _ in range(2))
+    first |= {k: RESULT[k] for k in kinds[1:]}
+    first["decode"] = [{"what": "hopper", "batch": 1, "reason": "no time"}]
+    second |= {"attention": RESULT["attention"], "decode": RESULT["decode"], "command": "another", "groups": []}
+    both = attention_report.merged([first, second])
+    assert {k: both[k] for k in (*kinds, "groups")} == {k: RESULT[k] for k in (*kinds, "groups")}
+    assert "`python -m launch.bench_attention`, then `another`." in attention_report.tables(both)
+    with pytest.raises(ValueError, match="different device cannot be merged: a device and b"):
+        attention_report.merged([first, second | {"device": "b"}])
+    with pytest.raises(ValueError, match=r"two runs measured the same case: \('cudnn', 32768"):
+        attention_report.merged([RESULT, second])
+
+
 def test_tables_go_between_the_marks_and_the_plot_beside_the_figures(tmp_path):
     pytest.importorskip("matplotlib")
     raw, page = tmp_path / "data" / "figures.json", tmp_path / "page.md"
