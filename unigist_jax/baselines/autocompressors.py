@@ -66,8 +66,7 @@ def prefill(
 @jax.jit
 def _next_summary(model, summaries, tokens):
     """The last raw's hidden state [B, E] of a chunk, and the summaries with the chunk's."""
-    batch, held = summaries.shape[:2]
-    states, summary = read_chunk(model, summaries, tokens, jnp.zeros((batch, held + tokens.shape[1]), jnp.int32))
+    states, summary = read_chunk(model, summaries, tokens)
     return states[:, -1], jnp.concatenate([summaries, summary], axis=1)
 
 

@@ -116,7 +116,7 @@ class Llama(nnx.Module):
           ValueError: if T is not a multiple of the ratio, or does not cut into the placement's pieces.
         """
         layout = self.checked_layout(layout)
-        units = layout.num_units(tokens.shape[1])
+        layout.num_units(tokens.shape[1])  # checks it
         attention = attention or self.config.attention
         if attention != "gist" and placement.devices > 1:
             raise ValueError(
@@ -125,8 +125,6 @@ class Llama(nnx.Module):
         if attention == "full":
             return self._full_pass(tokens, doc_start, layout)
         if attention == "autocompressors":
-            if doc_start is None:
-                doc_start = jnp.zeros((tokens.shape[0], units), jnp.int32)
             return summary_pass(self, tokens, doc_start, layout)
         return self._gist_pass(tokens, doc_start, layout, placement)
 

@@ -30,45 +30,50 @@ CHUNKS_OF_GRADIENT = 2
 
 
 def summary_pass(
-    model: Llama, tokens: Int[Array, "B T"], doc_start: Int[Array, "B U"], layout: GistLayout
+    model: Llama, tokens: Int[Array, "B T"], doc_start: Int[Array, "B U"] | None, layout: GistLayout
 ) -> Float[Array, "B T E"]:
-    """Final hidden states of the raws, before the last norm. Raises ValueError for a layout without chunks or sinks."""
+    """Final hidden states of the raws, before the last norm; `doc_start` None: one document a row.
+
+    Raises ValueError for a layout without chunks or sinks.
+    """
     check_summaries(layout)
-    chunk, count = layout.chunk, layout.num_sinks
-    first_raw = jnp.repeat(doc_start * layout.ratio, layout.ratio, axis=1)
-    # a summary belongs to the document at its chunk's end, and sees that document's earlier ones
-    of_summaries = jnp.repeat(first_raw[:, chunk - 1 :: chunk] // chunk * count, count, axis=1)
     summaries = jnp.zeros((tokens.shape[0], 0, model.config.hidden_size), model.config.dtype)
     hidden = []
-    for index, start in enumerate(range(0, tokens.shape[1], chunk)):
+    for index, start in enumerate(range(0, tokens.shape[1], layout.chunk)):
         if index % CHUNKS_OF_GRADIENT == 0:
             summaries = jax.lax.stop_gradient(summaries)
-        held, first = summaries.shape[1], first_raw[:, start : start + chunk]
-        begin = jnp.where(first >= start, held + first - start, first // chunk * count)
-        is_last = start + chunk >= tokens.shape[1]
-        states, summary = read_chunk(
-            model,
-            summaries,
-            tokens[:, start : start + chunk],
-            jnp.concatenate([of_summaries[:, :held], begin], axis=1),
-            summarise=not is_last,
-        )
+        begin = None if doc_start is None else _first_visible(doc_start, layout, start)
+        is_last = start + layout.chunk >= tokens.shape[1]
+        chunk = tokens[:, start : start + layout.chunk]
+        states, summary = read_chunk(model, summaries, chunk, begin, summarise=not is_last)
         hidden.append(states)
         summaries = jnp.concatenate([summaries, summary], axis=1)
     return jnp.concatenate(hidden, axis=1)
+
+
+def _first_visible(doc_start: Int[Array, "B U"], layout: GistLayout, start: int) -> Int[Array, "B SC"]:
+    """First position that each summary held before raw `start`, and each raw of the chunk there, sees."""
+    chunk, count = layout.chunk, layout.num_sinks
+    first_raw = jnp.repeat(doc_start * layout.ratio, layout.ratio, axis=1)
+    held, first = start // chunk * count, first_raw[:, start : start + chunk]
+    # a summary belongs to the document at its chunk's end, and sees that document's earlier ones
+    of_summaries = jnp.repeat(first_raw[:, chunk - 1 : start : chunk] // chunk * count, count, axis=1)
+    of_raws = jnp.where(first >= start, held + first - start, first // chunk * count)
+    return jnp.concatenate([of_summaries, of_raws], axis=1)
 
 
 def read_chunk(
     model: Llama,
     summaries: Float[Array, "B S E"],
     tokens: Int[Array, "B C"],
-    begin: Int[Array, "B SC"],
+    begin: Int[Array, "B SC"] | None = None,
     summarise: bool = True,
 ) -> tuple[Float[Array, "B C E"], Float[Array, "B n E"]]:
     """One chunk behind the summaries of those before it.
 
     Args:
       begin: first position that each summary and each raw sees; the chunk's own summary sees what its last raw does.
+        None: all see everything before them.
       summarise: False reads the raws alone, and gives an empty summary.
 
     Returns:
@@ -79,7 +84,8 @@ def read_chunk(
     if summarise:
         own = model.embed_sinks()
         x.append(jnp.broadcast_to(own, (batch, *own.shape[1:])))
-        begin = jnp.concatenate([begin, jnp.repeat(begin[:, -1:], own.shape[1], axis=1)], axis=1)
+        if begin is not None:
+            begin = jnp.concatenate([begin, jnp.repeat(begin[:, -1:], own.shape[1], axis=1)], axis=1)
     x = jnp.concatenate(x, axis=1)
     x = model.causal_pass(x, rotary(model.config, jnp.arange(x.shape[1])), begin)
     end = held + tokens.shape[1]
