@@ -37,11 +37,20 @@ def assert_trees_close(got, want, rtol):
 
 
 @pytest.mark.parametrize(
-    "choice", [dict(remat="full"), dict(remat="dots"), dict(attention_backend="reference")], ids=str
+    "choice",
+    [dict(remat="full"), dict(remat="dots"), dict(remat="attention_offload"), dict(attention_backend="reference")],
+    ids=str,
 )
 def test_choices_that_change_only_cost(choice):
     step = jax.jit(jax.value_and_grad(loss_of))
     assert_trees_close(step(model_with(**choice), TOKENS), step(model_with(), TOKENS), rtol=2e-5)
+
+
+def test_only_offloading_takes_host_memory():
+    step = jax.value_and_grad(loss_of)
+    for remat in ("attention_offload", "attention", "full"):
+        traced = str(jax.make_jaxpr(step)(model_with(remat=remat), TOKENS))
+        assert ("<host>" in traced) == (remat == "attention_offload"), remat
 
 
 @pytest.mark.parametrize(("attention", "sizes"), [("gist", (2, 2, 2)), ("full", (1, 4, 2))])

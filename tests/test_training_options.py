@@ -72,6 +72,7 @@ def assert_close(got, expected, tolerance=2e-6):
         ({"train__accumulate": 2, "mesh__fsdp": 2, "mesh__data": 2}, 4),
         ({"model__remat": "attention", "model__attention_backend": "blocked"}, 1),
         ({"model__remat": "dots"}, 1),
+        ({"model__remat": "attention_offload", "mesh__fsdp": 2}, 2),
     ],
     ids=str,
 )

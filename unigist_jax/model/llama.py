@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import Offloadable, Recompute
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.backends import RESIDUALS
@@ -34,17 +35,29 @@ from unigist_jax.model.layers import GATE, DecoderLayer, RMSNorm, Rotary, head_p
 from unigist_jax.model.summaries import summary_pass
 from unigist_jax.sharding import constrain
 
-_named_attention = jax.checkpoint_policies.save_only_these_names(INPUTS, RESIDUALS)
+_named_inputs = jax.checkpoint_policies.save_only_these_names(INPUTS)
+_named_residuals = jax.checkpoint_policies.save_only_these_names(RESIDUALS)
+
+
+def _is_residual(primitive, *args, **params):
+    """Whether these are attention's output and log-sum-exp; cuDNN's carry no name, so its primitive tells."""
+    return primitive.name.startswith("dot_product_attention_fwd") or _named_residuals(primitive, *args, **params)
 
 
 def _save_attention(primitive, *args, **params):
-    """Keeps what attention's backward pass reads; cuDNN's is found by its primitive, which carries no name."""
-    return primitive.name.startswith("dot_product_attention_fwd") or _named_attention(primitive, *args, **params)
+    """Keeps what attention's backward pass reads."""
+    return _is_residual(primitive, *args, **params) or _named_inputs(primitive, *args, **params)
+
+
+def _offload_attention(primitive, *args, **params):
+    """Moves attention's output and log-sum-exp to the host until the backward pass; what goes in comes anew."""
+    return Offloadable("device", "pinned_host") if _is_residual(primitive, *args, **params) else Recompute
 
 
 _REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "attention": _save_attention,
+    "attention_offload": _offload_attention,
     "attention_gate": jax.checkpoint_policies.save_from_both_policies(
         _save_attention, jax.checkpoint_policies.save_only_these_names(GATE)
     ),

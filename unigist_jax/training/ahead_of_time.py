@@ -106,11 +106,16 @@ def abstract_batch(run: RunConfig, mesh: jax.sharding.Mesh, packed: bool = True)
 
 
 def program_bytes(compiled: Any) -> dict[str, int]:
-    """Bytes of one device that a compiled program takes: arguments, temporaries, their peak together."""
+    """Bytes of one device that a program takes: arguments, temporaries, their peak together; and of the host."""
     memory = compiled.memory_analysis()
     arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     results = max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes)
-    return {"arguments": arguments, "temporary": temporary, "total": arguments + temporary + results}
+    return {
+        "arguments": arguments,
+        "temporary": temporary,
+        "total": arguments + temporary + results,
+        "host": memory.host_temp_size_in_bytes,
+    }
 
 
 def compile_step(run: RunConfig, target: Target, packed: bool = True) -> dict[str, Any]:
@@ -161,6 +166,8 @@ def describe(result: dict[str, Any]) -> str:
     total, memory = result["bytes"]["total"], result["device_bytes"]
     fits = f"DOES NOT FIT by {(total - memory) / GIB:.1f} GiB" if total > memory > 0 else "fits"
     parts = ", ".join(f"{name} {result['bytes'][name] / GIB:.1f} GiB" for name in ("arguments", "temporary"))
+    if host := result["bytes"]["host"]:
+        parts += f"; {host / GIB:.1f} GiB of the host's"
     seconds, tokens = result["seconds_at_half_of_peak"], result["tokens_per_step"]
     speed = f"; at half of its peak {seconds:.2f} s, {tokens / seconds:,.0f} tokens/s" if seconds else ""
     return (
