@@ -6,7 +6,8 @@ python -m launch.train --config=configs/llama31_8b.py --workdir=runs/llama31_8b 
 --config.train.accumulate=8; on TPU v6e:4x4 as docs/training.md has it, beside the memory of a device on each. For r = 8
 or 16: --config.gist.ratio=8; rows prepared for 16 serve all three.
 docs/training.md says how data/prolong is prepared. Expect 6,900 tokens/s of an H100, 45% of its peak, so 55,000 on 8
-and 3.4 days (measured on 2 with state in bfloat16, docs/training.md). No run of it has told a loss yet.
+and 3.4 days (measured on 2 with state in bfloat16, docs/training.md). No run of it has told a loss yet, and the paper
+names none: docs/training.md says what to hold it to.
 """
 
 from configs import _llama
