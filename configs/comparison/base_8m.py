@@ -1,7 +1,7 @@
 """What the comparison at 8M parameters begins with: a model with full attention that can look things up, on short rows.
 
 python -m launch.train --config=configs/comparison/base_8m.py --workdir=runs/base_8m
-python -m launch.convert --input=runs/base_8m --output=runs/base_8m/hf --platform=cpu
+python -m launch.convert --input=runs/base_8m --output=runs/base_8m/plain --to=plain --platform=cpu
 
 As the paper's methods begin with a Llama. Rows of 128 tokens, repeated random sequences and pairs of key and value
 among them: looking up is learned from these within some thousand steps, and was not from long rows of facts and pairs
