@@ -1,10 +1,12 @@
-"""The repository's trained checkpoint answers from a compressed cache what its document says, whatever that is."""
+"""The repository's trained checkpoint answers from a compressed cache what its documents say, whatever that is."""
 
 import re
 
+import pytest
 from command_line import ROOT
 
 from unigist_jax.checkpoints import load_directory
+from unigist_jax.data.recall import NEEDLE_QUESTION
 from unigist_jax.inference import for_inference, generate, prefill
 
 CHECKPOINT = ROOT / "checkpoints" / "unigist-8m-r4"
@@ -12,9 +14,14 @@ FACT = re.compile(r"(ancient-raven is: )\d+")
 QUESTION = "\nThe special magic number for ancient-raven mentioned in the provided text is:"
 
 
-def test_a_fact_is_recalled_from_gists_alone():
+@pytest.fixture(scope="module")
+def checkpoint():
     loaded = load_directory(CHECKPOINT, param_dtype="float32", dtype="float32")
-    model, tokenizer = for_inference(loaded.model), loaded.tokenizer
+    return for_inference(loaded.model), loaded.tokenizer
+
+
+def test_a_fact_is_recalled_from_gists_alone(checkpoint):
+    model, tokenizer = checkpoint
     text = (CHECKPOINT / "needle.txt").read_text()
     fact = FACT.search(text)
     text = text[fact.start() - 200 : fact.end() + 250]
@@ -28,3 +35,18 @@ def test_a_fact_is_recalled_from_gists_alone():
     answers = generate(model, [question] * len(values), max_new_tokens=4, cache=cache).tokens
 
     assert [tokenizer.decode(answer) for answer in answers] == [f" {value}" for value in values]
+
+
+def test_which_of_many_facts_is_meant_is_recalled(checkpoint):
+    model, tokenizer = checkpoint
+    text = (CHECKPOINT / "facts.txt").read_text()
+    facts = re.findall(r"for (\S+) is: (\d+)\.", text)
+    assert len(facts) == 26 == text.count("magic")
+
+    _, cache = prefill(model, [tokenizer.encode(text, bos=True).tolist()], capacity=512, chunk_size=256)
+    texts = [NEEDLE_QUESTION.format(value_noun="number", key=key) for key, _ in facts]
+    questions = [tokenizer.encode(question).tolist() for question in texts]
+    answers = generate(model, questions, max_new_tokens=4, cache=cache.select([0] * len(facts))).tokens
+
+    right = [tokenizer.decode(answer) == f" {value}" for answer, (_, value) in zip(answers, facts, strict=True)]
+    assert sum(right) >= 24, right
