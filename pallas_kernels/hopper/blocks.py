@@ -33,6 +33,10 @@ BACKWARD: tuple[tuple[int, tuple[int, ...] | None, int, BackwardBlocks], ...] = 
     (64, None, 0, BackwardBlocks()),
     (128, None, 0, BackwardBlocks()),
     (128, None, 24576, BackwardBlocks(heads=4)),
+    # a round of heads of half as many blocks as there are multiprocessors: its query tiles stay in L2
+    (128, (8,), 12288, BackwardBlocks(heads=4)),
+    (128, (8,), 24576, BackwardBlocks(heads=2)),
+    (128, (8,), 49152, BackwardBlocks(heads=4)),
 )
 
 
