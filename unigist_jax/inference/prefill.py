@@ -39,7 +39,7 @@ from unigist_jax.model.layers import rotary
 from unigist_jax.model.llama import taken_layer
 from unigist_jax.prompts import check_prompts, pad_prompts
 
-# raws of all sequences in one chunk, by platform
+# raws of all sequences in one chunk, by platform; a GPU's by the sweep in docs/benchmarks.md
 CHUNK_RAWS = {"cpu": 2048, "gpu": 8192, "tpu": 4096}
 
 
