@@ -92,14 +92,15 @@ def test_each_query_tile_counts_the_key_tiles_that_add_to_its_gradient():
     none = jnp.zeros_like(intervals.gist_lo)
     pairs = (none, none + 130), intervals[:2], intervals[2:]
     counts = tuple(-(-x // keys) for x in (130, num_units, 4 * num_units))
-    walks, tiles = plan.backward_tables(segment, [plan.RowRanges(*x) for x in pairs], counts, tile, keys)
+    pieces = 3
+    walks, tiles = plan.backward_tables(segment, [plan.RowRanges(*x) for x in pairs], counts, tile, keys, pieces)
+    numbers = [(0, n) for _ in range(pieces) for n in range(counts[0])]
+    numbers += [(source, n) for source in (1, 2) for n in range(counts[source])]
     for s in range(2):
         turns = [[] for _ in range(segment.rows // tile)]
-        for source, first in enumerate(np.cumsum([0, *counts[:-1]])):
-            for n in range(counts[source]):
-                a, b, c, d = np.asarray(walks[s, first + n])
-                for m in (*range(a, b), *range(c, d)):
-                    turns[m].append(n + int(tiles[s, source, m, 0]))
+        for (source, n), (a, b, c, d) in zip(numbers, np.asarray(walks[s]), strict=True):
+            for m in (*range(a, b), *range(c, d)):
+                turns[m].append(n + int(tiles[s, source, m, 0]))
         assert all(turn == list(range(len(turn))) for turn in turns)
 
 

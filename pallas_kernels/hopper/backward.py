@@ -30,7 +30,8 @@ Determinism: the additions to one query tile happen in the order of the key tile
 waits on the tile's counter until its predecessors have landed, and raises it when it has landed itself. Blocks start in
 that order and every block walks its queries in the same direction, so they queue up staggered by one step and hardly
 wait. For sinks and gists each query head has its own block (partial dK and dV in float32, summed afterwards); raw key
-tiles, which few queries see, take a whole group of query heads, and come last to fill the gaps.
+tiles, which few queries see, take a whole group of query heads, and come last to fill the gaps. The sinks' walk can be
+cut among several blocks, as packed documents want it: their own walks are short, and all wait for that of the sinks.
 """
 
 from __future__ import annotations
@@ -87,7 +88,8 @@ class Grid(NamedTuple):
     batch: int
     heads: int
     kv_heads: int
-    tiles: tuple[int, int, int]  # key tiles of sinks, gists and raws
+    tiles: tuple[int, int, int]  # key tiles of sinks, gists and raws; those of sinks count once for every piece
+    sink_pieces: int  # parts of the row, with a block of the sinks each
     interleaved: int  # query heads whose blocks alternate
 
     @property
@@ -123,8 +125,9 @@ class Grid(NamedTuple):
     def source(self, key_tile):
         """Source of a key tile, and its index there."""
         source = (key_tile >= self.tiles[SINKS]).astype(jnp.int32) + (key_tile >= self.shared_tiles).astype(jnp.int32)
-        before = jnp.where(source == RAWS, self.shared_tiles, jnp.where(source == GISTS, self.tiles[SINKS], 0))
-        return source, key_tile - before
+        of_sinks = max(1, self.tiles[SINKS] // self.sink_pieces)
+        before = jnp.where(source == RAWS, self.shared_tiles, self.tiles[SINKS])
+        return source, jnp.where(source == SINKS, lax.rem(key_tile, of_sinks), key_tile - before)
 
 
 def gist_attention_backward(
@@ -155,12 +158,13 @@ def gist_attention_backward(
     per_batch = intervals.gist_lo.shape[0] > 1
     sinks = (kv.sink_k, kv.sink_v) if layout.num_sinks else ()
     key_tiles = tuple(-(-x.shape[-3] // KEYS) for x in (kv.sink_k, kv.gist_k, kv.raw_k))
-    interleaved = blocks.heads if num_heads % blocks.heads == 0 else num_heads
-    grid = Grid(batch, num_heads, num_kv_heads, key_tiles, interleaved)
+    interleaved = max(n for n in range(1, blocks.heads + 1) if num_heads % n == 0)
+    pieces = -(-num_tiles // blocks.sink_walk) if blocks.sink_walk else 1
+    grid = Grid(batch, num_heads, num_kv_heads, (pieces * key_tiles[SINKS], *key_tiles[GISTS:]), pieces, interleaved)
 
     none = jnp.zeros_like(intervals.gist_lo)
     ranges = [RowRanges(none, none + layout.num_sinks), RowRanges(*intervals[:2]), RowRanges(*intervals[2:])]
-    walk_table, tile_table = backward_tables(segment, ranges, key_tiles, tile_rows, KEYS)
+    walk_table, tile_table = backward_tables(segment, ranges, key_tiles, tile_rows, KEYS, pieces)
     ranges = jnp.stack([jnp.stack(x, axis=1) for x in ranges], axis=1)  # [S, 3, 2, P]
     delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1)
     # XLA would write the sums transposed, row by row, several times slower
@@ -176,7 +180,7 @@ def gist_attention_backward(
         b, key_tile, first_head = grid.place(lax.axis_index("block"))
         source, index_in_source = grid.source(key_tile)
         at_batch = b if per_batch else 0
-        walk = Walk(*(walks_ref[(at_batch * sum(key_tiles) + key_tile) * 4 + i] for i in range(4)))
+        walk = Walk(*(walks_ref[(at_batch * sum(grid.tiles) + key_tile) * 4 + i] for i in range(4)))
         steps = walk.per_head * jnp.where(source == RAWS, group, 1)
 
         def of_tile(tile, column):
@@ -425,8 +429,9 @@ def gist_attention_backward(
         *d_shared, d_raw_k, d_raw_v = run(*inputs, sums)
         d_q = jax.freeze(sums)
     d_shared = [x.reshape(batch, -1, num_kv_heads, group, dim) for x in d_shared]
-    num_sinks, num_gists, first_gist = kv.sink_k.shape[0], kv.gist_k.shape[1], key_tiles[SINKS] * KEYS
-    d_sinks = [x[:, :num_sinks].sum((0, 3)) for x in d_shared]
+    num_sinks, num_gists, first_gist = kv.sink_k.shape[0], kv.gist_k.shape[1], grid.tiles[SINKS] * KEYS
+    d_sinks = [x[:, :first_gist].reshape(batch, pieces, key_tiles[SINKS] * KEYS, *x.shape[2:]) for x in d_shared]
+    d_sinks = [x[:, :, :num_sinks].sum((0, 1, 4)) for x in d_sinks]
     d_gists = [x[:, first_gist : first_gist + num_gists].sum(3) for x in d_shared]
     d_raws = [x[:, : kv.raw_k.shape[1]] for x in (d_raw_k, d_raw_v)]
     d_kv = [x.astype(like.dtype) for x, like in zip((*d_sinks, *d_gists, *d_raws), kv, strict=True)]

@@ -17,10 +17,17 @@ class ForwardBlocks(NamedTuple):
 
 
 class BackwardBlocks(NamedTuple):
-    """Query tiles in flight, heads whose blocks interleave, and whether additions to dQ happen in a fixed order."""
+    """How the backward kernel is cut into blocks.
+
+    stages: query tiles in flight.
+    heads: query heads whose blocks interleave.
+    sink_walk: query tiles that a block of the sinks' keys walks over, about; 0: all of them.
+    deterministic: whether additions to dQ happen in a fixed order.
+    """
 
     stages: int = 2
     heads: int = 8
+    sink_walk: int = 0
     deterministic: bool = True
 
 
@@ -32,12 +39,13 @@ FORWARD: tuple[tuple[int, tuple[int, ...] | None, int, ForwardBlocks], ...] = (
 BACKWARD: tuple[tuple[int, tuple[int, ...] | None, int, BackwardBlocks], ...] = (
     (64, None, 0, BackwardBlocks()),
     (128, None, 0, BackwardBlocks()),
-    (128, None, 24576, BackwardBlocks(heads=4)),
-    # a round of heads of half as many blocks as there are multiprocessors: its query tiles stay in L2
-    (128, (8,), 12288, BackwardBlocks(heads=4)),
-    (128, (8,), 24576, BackwardBlocks(heads=2)),
-    (128, (8,), 49152, BackwardBlocks(heads=4)),
+    (128, (2, 4), 24576, BackwardBlocks(heads=4)),
+    (128, (2, 4), 98304, BackwardBlocks(heads=2)),
+    (128, (8, 16, 32), 0, BackwardBlocks(heads=4, sink_walk=64)),
+    (128, (8, 16, 32), 24576, BackwardBlocks(heads=2)),
 )
+
+DOCUMENTS_SINK_WALK = 64
 
 
 def _pick(table, dim: int, ratio: int, length: int):
@@ -50,6 +58,11 @@ def forward_blocks(dim: int, ratio: int, length: int) -> ForwardBlocks:
     return _pick(FORWARD, dim, ratio, length)
 
 
-def backward_blocks(dim: int, ratio: int, length: int) -> BackwardBlocks:
-    """Blocks of the backward kernel for a head dim, a ratio and a context of `length` raws."""
-    return _pick(BACKWARD, dim, ratio, length)
+def backward_blocks(dim: int, ratio: int, length: int, documents: bool) -> BackwardBlocks:
+    """Blocks of the backward kernel for a head dim, a ratio and a context of `length` raws, packed `documents` or one.
+
+    Every other block of a head waits until the sinks' blocks have passed. Over one document they pass in step; those of
+    packed documents would wait for a walk over the whole row.
+    """
+    blocks = _pick(BACKWARD, dim, ratio, length)
+    return blocks._replace(sink_walk=DOCUMENTS_SINK_WALK) if documents else blocks

@@ -50,13 +50,13 @@ def attend(
     if q.shape[1] == 0:
         return q
     segment = segment_of(layout, q.shape[1])
+    regular = starts.gist_start.ndim == 1
     if blocks is None:
         key = q.shape[-1], layout.ratio, kv.gist_k.shape[1] * layout.ratio
-        blocks = forward_blocks(*key), backward_blocks(*key)
+        blocks = forward_blocks(*key), backward_blocks(*key, documents=not regular)
     blocks = blocks[0], blocks[1]._replace(deterministic=deterministic)
     kv = type(kv)(*(pad_keys(x) for x in kv))
     intervals = row_intervals(layout, segment, first_unit, first_raw_unit, starts)
-    regular = starts.gist_start.ndim == 1
     return segment.unpad(_attend((layout, blocks, segment, regular), segment.pad(q), kv, intervals))
 
 

@@ -196,10 +196,27 @@ def visitors(segment: Segment, bounds: TileBounds, num_key_tiles: int, tile: int
     return jnp.stack(columns, axis=-1)
 
 
+def cut_walks(segment: Segment, walks: Int32[Array, "S N 4"], pieces: int, tile: int) -> Int32[Array, "S K 4"]:
+    """`visitors` within each of `pieces` equal parts of the raws and of the gists, the last part first."""
+    parts = np.arange(pieces)[::-1, None, None] + np.array([0, 1])
+    split, num_tiles = segment.raw_rows // tile, segment.rows // tile
+    edges = np.concatenate([split * parts // pieces, split + (num_tiles - split) * parts // pieces], axis=-1)
+    low, high = edges[..., [0, 0, 2, 2]], edges[..., [1, 1, 3, 3]]
+    return jnp.clip(walks[:, None], low, high).reshape(len(walks), -1, 4)
+
+
 def backward_tables(
-    segment: Segment, ranges: list[RowRanges], num_key_tiles: tuple[int, int, int], tile: int, keys: int
+    segment: Segment,
+    ranges: list[RowRanges],
+    num_key_tiles: tuple[int, int, int],
+    tile: int,
+    keys: int,
+    sink_pieces: int = 1,
 ) -> tuple[Int32[Array, "S N 4"], Int32[Array, "S 3 M 4"]]:
     """What the backward pass walks over, for the key tiles of all sources, one source after another.
+
+    Args:
+      sink_pieces: parts into which the walks of the sinks' key tiles are cut; their N counts every part.
 
     Returns:
       For each key tile its `visitors`. For each source and query tile: what to add to a key tile's index in the source
@@ -210,7 +227,8 @@ def backward_tables(
     for rows, count in zip(ranges, num_key_tiles, strict=True):
         bounds = tile_bounds(segment, rows, tile, keys)
         begin, reach = _monotone(segment, bounds, tile)
-        walks.append(visitors(segment, bounds, count, tile))
+        walk = visitors(segment, bounds, count, tile)
+        walks.append(walk if walks else cut_walks(segment, walk, sink_pieces, tile))
         zeros = jnp.zeros_like(begin)
         tiles.append(jnp.stack([earlier - begin, bounds.full_first, bounds.full_last, zeros], axis=-1))
         earlier += jnp.maximum(reach - begin, 0)
