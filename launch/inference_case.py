@@ -204,15 +204,18 @@ def _draw() -> Callable:
 # --- kinds ------------------------------------------------------------------------------------------------------------
 
 
+def one_round(run: Callable[[Callable[[], None]], None]) -> dict[str, float]:
+    """Times of one call `run(on_token)`, which calls back at every token."""
+    times: list[float] = []
+    start = time.perf_counter()
+    run(lambda: times.append(time.perf_counter()))
+    first, last = times[0] - start, times[-1] - start
+    return {"ttft_s": first, "tpot_s": (last - first) / max(1, len(times) - 1), "total_s": last}
+
+
 def median_round(rounds: int, run: Callable[[Callable[[], None]], None]) -> dict[str, Any]:
-    """Of `rounds` calls `run(on_token)`, which calls back at every token: the medians, and each of them."""
-    measured = []
-    for _ in range(rounds):
-        times: list[float] = []
-        start = time.perf_counter()
-        run(lambda: times.append(time.perf_counter()))  # noqa: B023 - called within the round
-        first, last = times[0] - start, times[-1] - start
-        measured.append({"ttft_s": first, "tpot_s": (last - first) / max(1, len(times) - 1), "total_s": last})
+    """Of `rounds` calls of `one_round`: the medians, and each of them."""
+    measured = [one_round(run) for _ in range(rounds)]
     return {name: statistics.median(r[name] for r in measured) for name in measured[0]} | {"rounds_s": measured}
 
 

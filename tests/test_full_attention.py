@@ -29,7 +29,7 @@ def values_and_gradients(attend, q, k, v, cotangent):
     return out, *pull(cotangent)
 
 
-def check(attend, starts):
+def assert_is_the_oracle(attend, starts):
     """Holds attention, values and gradients, to the oracle; the documents of the first row begin at `starts`."""
     heads = (4, 2, 2, 4)
     q, k, v, d = (jax.random.normal(jax.random.key(i), (2, LENGTH, h, 64), DTYPE) for i, h in enumerate(heads))
@@ -47,7 +47,7 @@ def check(attend, starts):
 
 @pytest.mark.parametrize("packed", [None, [0], [0, LENGTH // 3, LENGTH // 2]], ids=["unsaid", "one", "three"])
 def test_full_attention_is_the_oracles(packed):
-    check(lambda q, k, v, begin: full_attention(q, k, v, begin if packed else None), packed or [0])
+    assert_is_the_oracle(lambda q, k, v, begin: full_attention(q, k, v, begin if packed else None), packed or [0])
 
 
 def by_units(backend):
@@ -59,7 +59,7 @@ AT_UNITS = [0, LENGTH // 3 // 4 * 4, LENGTH // 2]
 
 
 def test_documents_at_units_by_the_kernels_of_gist_attention():
-    check(by_units(None if ON_GPU else "blocked"), AT_UNITS)
+    assert_is_the_oracle(by_units(None if ON_GPU else "blocked"), AT_UNITS)
 
 
 @pytest.mark.skipif(ON_GPU, reason="the kernels themselves ran above")
@@ -84,4 +84,4 @@ if __name__ == "__main__":
         hopper_emulator.emulation() as hopper,
         mock.patch.object(documents, "choose", lambda *_: ("hopper", hopper.op)),
     ):
-        check(by_units("hopper"), AT_UNITS)
+        assert_is_the_oracle(by_units("hopper"), AT_UNITS)
