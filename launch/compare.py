@@ -1,4 +1,5 @@
 """Evaluates every run of a sweep over methods, the training-free methods on its run `full`, and collects one table.
+Runs called NAME,seed=N are averaged with the run NAME.
 
   python -m launch.compare --sweep=runs/llama_8m-methods_8m --tasks=needle,mk2 --lengths=512,1024 --chunk_size=256
   python -m launch.compare --workdirs=runs/full,runs/unigist --output=runs/compared --training_free=
@@ -47,7 +48,7 @@ def main(_: list[str]) -> None:
     output = Path(_OUTPUT.value) if _OUTPUT.value else Path(_SWEEP.value) / "comparison"
     rows = []
     for name, workdir in workdirs.items():
-        evaluate(workdir, output / name, [FULL, *_METHODS.value] if name == FULL else None)
+        evaluate(workdir, output / name, [FULL, *_METHODS.value] if comparison.without_seed(name) == FULL else None)
         rows += comparison.rows_of_run(name, workdir, output / name)
     print(comparison.write(rows, _CHUNK_SIZE.value, output))
     plots.plot_training({name: read_metrics(workdir) for name, workdir in workdirs.items()}, output / "training.png")

@@ -47,11 +47,22 @@ def test_rows_are_those_of_the_files(tmp_path):
     lines = "".join(json.dumps({"step": i, "tokens_per_second": speed}) + "\n" for i, speed in enumerate(speeds))
     (tmp_path / "metrics.jsonl").write_text(lines)
 
-    rows = comparison.rows_of_run("full,seed=1", tmp_path, tmp_path / "e")
-    assert [(row["method"], row["trained"]) for row in rows] == [("full,seed=1", True), ("snapkv", False)]
+    rows = comparison.rows_of_run("full", tmp_path, tmp_path / "e")
+    assert [(row["method"], row["trained"]) for row in rows] == [("full", True), ("snapkv", False)]
     table = comparison.write(rows, 16, tmp_path)
-    assert "| full,seed=1 | yes | 1.00 (0.75) | 0.50 (0.75) | 12.35 | -0.500 | 1,280 | 3,000 |" in table
+    assert "| full | yes | 1.00 (0.75) | 0.50 (0.75) | 12.35 | -0.500 | 1,280 | 3,000 |" in table
     assert "| snapkv | no | 0.25 (0.75) | 0.00 (0.75) |  |  | 1,280 |  |" in table
+
+    cases = [("full", 64, 0.5), ("full", 128, 0.5), ("snapkv", 64, 0.25), ("snapkv", 128, 0.5)]
+    write(tmp_path / "e1" / "recall.json", {"results": {str(case): summary(*case) for case in cases}})
+    write(tmp_path / "e1" / "perplexity.json", {"methods": {"full": {"perplexity": 13.345}}})
+    write(tmp_path / "e1" / "boundary.json", {"methods": {"full": curve | {"border_jump": 1.5}}})
+    rows += comparison.rows_of_run("full,seed=1", tmp_path, tmp_path / "e1")
+    assert [row["method"] for row in rows[2:]] == ["full,seed=1", "snapkv,seed=1"]
+    table = comparison.write(rows, 16, tmp_path)
+    recall = "0.75 [0.50, 1.00] (0.75) | 0.50 [0.50, 0.50] (0.75)"
+    assert f"| full, 2 seeds | yes | {recall} | 12.85 [12.35, 13.35] | +0.500 [-0.500, +1.500] |" in table
+    assert "| snapkv, 2 seeds | no | 0.25 [0.25, 0.25] (0.75) | 0.25 [0.00, 0.50] (0.75) |  |  |" in table
     assert json.loads((tmp_path / "comparison.json").read_text()) == rows
     plots.plot_training(
         {"full": [{"step": 1, "loss": 2.0}, {"step": 1, "recall_answers": 0.5}]}, tmp_path / "training.png"

@@ -6,7 +6,7 @@ python -m launch.sweep --config=configs/comparison/llama_8m.py --sweep=configs/c
 Every method begins with the model of `base_8m.py`. Rows of 1,024 tokens, 197M tokens a method: small models learn
 recall by steps rather than by tokens, hence many small batches, nine rows of ten for recall, and answers of three
 digits. Two fifths of those are facts among facts, which are learned last. One H100: 2.4M tokens/s (full), 1.9M
-(UniGist r=4 and Activation Beacon), 1.3M (AutoCompressors). Making the rows takes a CPU core minutes first.
+(UniGist r=4 and Activation Beacon), 1.3M (AutoCompressors). Making the rows takes a CPU core two minutes first.
 """
 
 from configs.comparison import llama_100m

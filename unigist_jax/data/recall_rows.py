@@ -14,6 +14,7 @@ known.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -43,6 +44,7 @@ PAIRS = "pairs"  # kinds of interleaved rows beside those of `RECALL_KINDS`
 REPEATS = "repeats"
 DRILLS = (PAIRS, REPEATS)  # what is trained on and not asked in a test
 INTERLEAVED_KINDS = ("needle", "multi_key", *DRILLS)
+REMEMBERED = 4096  # texts whose tokens are kept while records are made
 PAIR_KEYS = (1, 64)  # the fewest and the most keys of a row of pairs
 SHORTEST_REPEAT = 4  # tokens of a repeated sequence; the longest is half a row
 
@@ -99,9 +101,10 @@ def prepare_recall_rows(
     if interleaved and set(kinds) - set(INTERLEAVED_KINDS):
         raise ValueError(f"interleaved rows are of the kinds {INTERLEAVED_KINDS}, not {tuple(kinds)}")
     haystack = paragraphs(filler)
+    encode = lru_cache(REMEMBERED)(tokenizer.encode)  # a record's texts are counted first and taken later
 
     def count_tokens(text: str) -> int:
-        return len(tokenizer.encode(text))
+        return len(encode(text))
 
     options = dict(filler=haystack, digits=digits, key_style=key_style, value_style=value_style)
     options |= dict(num_tokens=row_length - 2, count_tokens=count_tokens, questions=questions)
@@ -112,16 +115,18 @@ def prepare_recall_rows(
         if interleaved and kind == REPEATS:
             ids, learned = repeats(rng, row_length - 2, tokenizer)
         else:
-            ids, learned = encode_parts(make_parts(kind, rng, **options), tokenizer)
+            ids, learned = encode_parts(make_parts(kind, rng, **options), encode)
         ids, learned = ids[: row_length - 2], learned[: row_length - 2]
         documents.append(np.concatenate([[tokenizer.bos_id], ids, [tokenizer.eos_id]]).astype(np.int32))
         masks.append(np.concatenate([[False], learned, [True]]) | (not answer_loss_only))
     return pack_documents(documents, row_length=row_length, layout=layout, pad_id=tokenizer.pad_id, loss_masks=masks)
 
 
-def encode_parts(parts: Sequence[Part], tokenizer: Tokenizer) -> tuple[Int32[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
+def encode_parts(
+    parts: Sequence[Part], encode: Callable[[str], Sequence[int]]
+) -> tuple[Int32[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
     """Tokens of the parts, each encoded on its own, and which of them are an answer's."""
-    encoded = [tokenizer.encode(part.text) for part in parts]
+    encoded = [encode(part.text) for part in parts]
     return np.concatenate(encoded), np.repeat([part.is_answer for part in parts], [len(ids) for ids in encoded])
 
 

@@ -1,26 +1,37 @@
 """The comparison's table and plots, from what the runs' trainings and evaluations wrote.
 
 Each run of the sweep has been trained for one method. The training-free methods are evaluated on the run that was
-trained with full attention. All rows share the records, documents and tokens.
+trained with full attention. All rows share the records, documents and tokens. Runs called NAME,seed=N repeat the run
+NAME from another seed: the table has their mean and how far they lie apart.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from unigist_jax.evals import plots
 from unigist_jax.training.metrics import read_metrics
+
+SEED = re.compile(r",seed=\d+")
+
+
+def without_seed(name: str) -> str:
+    """The name that runs of several seeds share."""
+    return SEED.sub("", name)
 
 
 def rows_of_run(name: str, workdir: Path, evaluation: Path) -> list[dict[str, Any]]:
     """One row a method that was evaluated in a run.
 
     Args:
-      name: of the run, which its own method's row takes; rows of training-free methods take the method's.
+      name: of the run, which its own method's row takes; rows of training-free methods take the method's, and its seed.
       workdir: the run's, for its metrics.
       evaluation: directory of `launch.evaluate`'s JSON files.
 
@@ -37,12 +48,13 @@ def rows_of_run(name: str, workdir: Path, evaluation: Path) -> list[dict[str, An
     (own,) = perplexity["methods"]
     speeds = [line["tokens_per_second"] for line in read_metrics(workdir) if "tokens_per_second" in line]
     rows: dict[str, dict[str, Any]] = {}
+    seed = "".join(SEED.findall(name))
     for summary in recall["results"].values():
         method = summary["method"]
         row = rows.setdefault(
             method,
             {
-                "method": name if method == own else method,
+                "method": name if method == own else method + seed,
                 "trained": method == own,
                 "recall": {},
                 "by_depth": {},
@@ -63,28 +75,48 @@ def rows_of_run(name: str, workdir: Path, evaluation: Path) -> list[dict[str, An
     return list(rows.values())
 
 
+def by_method(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """The rows of each method, one a seed, in the order in which methods come."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(without_seed(row["method"]), []).append(row)
+    return groups
+
+
+def mean_row(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One method's rows as one: the mean over its seeds of every number."""
+    numbers = [{key: value for key, value in row.items() if key not in ("method", "trained")} for row in rows]
+    first = {"method": without_seed(rows[0]["method"]), "trained": rows[0]["trained"]}
+    return first | jax.tree.map(lambda *values: statistics.fmean(values), *numbers)
+
+
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table: a row a method; recall of whole answers, and in brackets of answer tokens."""
+    """The table: a row a method; recall of whole answers, and in round brackets of answer tokens. Of several seeds the
+    mean, with the least and the greatest in square brackets."""
     tasks = list(rows[0]["recall"])
     longest = max(rows[0]["cache_bytes"], key=int)
     heads = ["method", "trained", *(f"recall {task}" for task in tasks), "perplexity", "after borders, nats"]
     heads += [f"KV bytes at {longest}", "training tokens/s"]
     lines = [heads, ["---"] * len(heads)]
-    for row in rows:
-        cells = [row["method"], "yes" if row["trained"] else "no"]
-        cells += [
-            f"{row['recall'][task]['accuracy']:.2f} ({row['recall'][task]['token_accuracy']:.2f})" for task in tasks
-        ]
-        cells.append(_shown(row.get("perplexity"), ".2f"))
-        cells.append(_shown(row.get("border_jump"), "+.3f"))
-        cells.append(f"{row['cache_bytes'][longest]:,.0f}")
-        cells.append(_shown(row.get("tokens_per_second"), ",.0f"))
+    for name, group in by_method(rows).items():
+        mean = mean_row(group)
+        cells = [f"{name}, {len(group)} seeds" if len(group) > 1 else name, "yes" if mean["trained"] else "no"]
+        for task in tasks:
+            whole = _shown([row["recall"][task]["accuracy"] for row in group], ".2f")
+            cells.append(f"{whole} ({mean['recall'][task]['token_accuracy']:.2f})")
+        for key, form in (("perplexity", ".2f"), ("border_jump", "+.3f")):
+            cells.append(_shown([row.get(key) for row in group], form))
+        cells.append(f"{mean['cache_bytes'][longest]:,.0f}")
+        cells.append(_shown([mean.get("tokens_per_second")], ",.0f"))
         lines.append(cells)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def _shown(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
+def _shown(values: Sequence[float | None], form: str) -> str:
+    if None in values:
+        return ""
+    mean = format(statistics.fmean(values), form)
+    return f"{mean} [{min(values):{form}}, {max(values):{form}}]" if len(values) > 1 else mean
 
 
 def write(rows: Sequence[Mapping[str, Any]], chunk_size: int, directory: Path) -> str:
@@ -92,9 +124,9 @@ def write(rows: Sequence[Mapping[str, Any]], chunk_size: int, directory: Path) -
     table = markdown(rows)
     (directory / "comparison.json").write_text(json.dumps(list(rows), indent=1) + "\n")
     (directory / "comparison.md").write_text(table)
-    curves = {row["method"]: row["curve"] for row in rows if "curve" in row}
+    means = {name: mean_row(group) for name, group in by_method(rows).items()}
+    curves = {name: row["curve"] for name, row in means.items() if "curve" in row}
     plots.plot_by_position(curves, chunk_size, directory / "perplexity_by_position.png")
-    plots.plot_recall_by_distance(
-        {row["method"]: row["by_depth"] for row in rows}, directory / "recall_by_distance.png"
-    )
+    by_depth = {name: row["by_depth"] for name, row in means.items()}
+    plots.plot_recall_by_distance(by_depth, directory / "recall_by_distance.png")
     return table
