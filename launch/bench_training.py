@@ -2,6 +2,7 @@
 
     python -m launch.bench_training --out=DIR                                   # DIR/bench_training.{json,md}
     python -m launch.bench_training --lengths=32768 --ratios=4 --remat=attention --steps=5
+    python -m launch.bench_training --lengths=131072 --remat=attention+attention_output+attention --steps=1
     python -m launch.bench_training --mesh=context=2 --nofull                   # on two devices
     python -m launch.bench_training --topology=h100:1                           # only compiles, on any machine
 
@@ -55,7 +56,9 @@ SHAPE = flags.DEFINE_string("shape", "llama3.2-3b", f"model: tiny, {', '.join(SH
 LENGTHS = flags.DEFINE_list("lengths", ["32768", "131072"], "raw tokens of a row")
 RATIOS = flags.DEFINE_list("ratios", ["4", "8"], "raw tokens per gist; empty: full attention alone")
 FULL = flags.DEFINE_bool("full", True, "time full attention too")
-REMAT = flags.DEFINE_list("remat", ["attention", "full"], "model.remat of each length (docs/training.md)")
+REMAT = flags.DEFINE_list(
+    "remat", ["attention", "full"], "model.remat of each length (docs/training.md); A+B+C: of full attention and ratios"
+)
 BATCH = flags.DEFINE_integer("batch_size", 1, "rows of a step", lower_bound=1)
 MESH = flags.DEFINE_list("mesh", [], f"devices along mesh axes, as fsdp=2,context=2 (of {', '.join(MESH_AXES)})")
 LAYERS = flags.DEFINE_integer("layers", None, "another number of layers than the shape's", lower_bound=1)
@@ -167,19 +170,48 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def cases(
-    length: int, ratios: list[int | None], remat: str, steps: int, target: Target | None
-) -> Iterator[tuple[int | None, dict]]:
-    """The results of one length, ratio by ratio, compiled side by side; a case that fails leaves the others be."""
-    runs = {ratio: make_run(length, ratio, remat) for ratio in ratios}
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is timed: rows of `length` raws at a `ratio` (None: full attention), under a policy, in so many steps."""
+
+    length: int
+    ratio: int | None
+    remat: str
+    steps: int
+
+    @property
+    def run(self) -> RunConfig:
+        return make_run(self.length, self.ratio, self.remat)
+
+
+def find_cases() -> list[Case]:
+    """The cases of the flags. Raises ValueError if the lists do not belong together."""
+    lengths = [int(x) for x in LENGTHS.value]
+    ratios = [*([None] if FULL.value else []), *map(int, RATIOS.value)]
+    for name, values in (("remat", REMAT.value), ("steps", STEPS.value)):
+        if len(values) != len(lengths):
+            raise ValueError(f"--{name}={','.join(values)}: give one for each of --lengths={','.join(LENGTHS.value)}")
+    cases = []
+    for length, entry, steps in zip(lengths, REMAT.value, STEPS.value, strict=True):
+        policies = entry.split("+")
+        if len(policies) not in (1, len(ratios)):
+            raise ValueError(f"--remat={entry}: give one policy, or {len(ratios)} joined by +, as there are cases")
+        policies = policies * len(ratios) if len(policies) == 1 else policies
+        cases += [Case(length, ratio, remat, int(steps)) for ratio, remat in zip(ratios, policies, strict=True)]
+    return cases
+
+
+def results(cases: list[Case], target: Target | None) -> Iterator[tuple[Case, dict]]:
+    """Each case's result, all compiled side by side before the first is timed; one that fails leaves the others be."""
+    runs = [case.run for case in cases]
     if target:
-        for ratio, run in runs.items():
-            yield ratio, attempt(compile_step, run, target, packed=False)
+        for case, run in zip(cases, runs, strict=True):
+            yield case, attempt(compile_step, run, target, packed=False)
         return
-    with ThreadPoolExecutor(len(runs)) as pool:
-        programs = {ratio: pool.submit(compile_case, run) for ratio, run in runs.items()}
-    for ratio, run in runs.items():
-        yield ratio, attempt(timed, run, programs[ratio], steps)
+    with ThreadPoolExecutor(len(cases)) as pool:
+        programs = [pool.submit(compile_case, run) for run in runs]
+    for case, run in zip(cases, runs, strict=True):
+        yield case, attempt(timed, run, programs.pop(0), case.steps)
         gc.collect()
 
 
@@ -198,11 +230,7 @@ def attempt(function: Callable[..., dict], *arguments: Any, **options: Any) -> d
 
 
 def main(_: list[str]) -> None:
-    lengths = [int(x) for x in LENGTHS.value]
-    for name, values in (("remat", REMAT.value), ("steps", STEPS.value)):
-        if len(values) != len(lengths):
-            raise ValueError(f"--{name}={','.join(values)}: give one for each of --lengths={','.join(LENGTHS.value)}")
-    ratios = [*([None] if FULL.value else []), *map(int, RATIOS.value)]
+    cases = find_cases()
     target = find_target(TOPOLOGY.value) if TOPOLOGY.value else None
     result = {
         "command": " ".join(["python -m launch.bench_training", *sys.argv[1:]]),
@@ -214,16 +242,15 @@ def main(_: list[str]) -> None:
         "rows": [],
     }
     print(f"{result['device']}, jax {result['jax']}", flush=True)
-    for length, remat, steps in zip(lengths, REMAT.value, STEPS.value, strict=True):
-        for ratio, row in cases(length, ratios, remat, int(steps), target):
-            result["rows"].append({"length": length, "ratio": ratio, "remat": remat, **row})
-            print(describe(row) if "target" in row else table(result["rows"][-1:]).splitlines()[-1], flush=True)
-            if OUT.value:
-                folder = Path(OUT.value)
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / "bench_training.json").write_text(json.dumps(result, indent=1) + "\n")
-                if not target:
-                    (folder / "bench_training.md").write_text(table(result["rows"]) + "\n")
+    for case, row in results(cases, target):
+        result["rows"].append({"length": case.length, "ratio": case.ratio, "remat": case.remat, **row})
+        print(describe(row) if "target" in row else table(result["rows"]).splitlines()[-1], flush=True)
+        if OUT.value:
+            folder = Path(OUT.value)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "bench_training.json").write_text(json.dumps(result, indent=1) + "\n")
+            if not target:
+                (folder / "bench_training.md").write_text(table(result["rows"]) + "\n")
     if not target:
         print(table(result["rows"]))
 

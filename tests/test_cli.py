@@ -293,12 +293,13 @@ def test_a_converted_model_says_the_same(command, trained, tmp_path):
 
 
 def test_the_training_benchmark_times_each_case_and_writes_table_and_figures(command, tmp_path):
-    flags = "--shape=tiny --layers=1 --lengths=64 --ratios=4 --remat=attention --steps=1 --sinks=4 --window=8"
+    flags = "--shape=tiny --layers=1 --lengths=64 --ratios=4 --remat=attention+full --steps=1 --sinks=4 --window=8"
     flags += " --backend=reference --loss_chunk=64 --platform=cpu"
     finished = command("bench_training", f"--out={tmp_path}", *flags.split())
     assert finished.code == 0, finished.err
     full, gist = strict_json((tmp_path / "bench_training.json").read_text())["rows"]
-    assert (full["ratio"], gist["ratio"]) == (None, 4) and "reason" not in full and "reason" not in gist
+    assert [(row["ratio"], row["remat"]) for row in (full, gist)] == [(None, "attention"), (4, "full")]
+    assert "reason" not in full and "reason" not in gist
     assert gist["tokens_per_second"] == pytest.approx(64 / gist["seconds"])
     assert gist["useful_flops"] > full["useful_flops"]  # so short a row pays for its gists
     lines = (tmp_path / "bench_training.md").read_text().splitlines()
@@ -306,6 +307,7 @@ def test_the_training_benchmark_times_each_case_and_writes_table_and_figures(com
     assert f"{full['seconds'] / gist['seconds']:.2f}x" in lines[3]
     assert lines[-1] in finished.out
     assert_refused(command("bench_training", "--mesh=pipeline=2", *flags.split()), "--mesh=pipeline=2", "AXIS=DEVICES")
+    assert_refused(command("bench_training", *flags.split(), "--ratios=4,8"), "--remat=attention+full", "3 joined by +")
 
 
 def test_compile_only_tells_what_a_device_needs_and_makes_no_run(command, config_file, tmp_path):

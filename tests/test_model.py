@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.backends import RESIDUALS
 from unigist_jax.layout import GistLayout, document_starts
 from unigist_jax.model import LlamaConfig, RopeScaling, init_llama
 from unigist_jax.model.layers import head_product
@@ -38,7 +39,13 @@ def assert_trees_close(got, want, rtol):
 
 @pytest.mark.parametrize(
     "choice",
-    [dict(remat="full"), dict(remat="dots"), dict(remat="attention_offload"), dict(attention_backend="reference")],
+    [
+        dict(remat="full"),
+        dict(remat="dots"),
+        dict(remat="attention_output"),
+        dict(remat="attention_offload"),
+        dict(attention_backend="reference"),
+    ],
     ids=str,
 )
 def test_choices_that_change_only_cost(choice):
@@ -46,11 +53,14 @@ def test_choices_that_change_only_cost(choice):
     assert_trees_close(step(model_with(**choice), TOKENS), step(model_with(), TOKENS), rtol=2e-5)
 
 
-def test_only_offloading_takes_host_memory():
+def test_what_each_policy_does_with_attentions_output():
+    """Kept on the device, kept on the host, or computed a second time in the backward pass."""
     step = jax.value_and_grad(loss_of)
-    for remat in ("attention_offload", "attention", "full"):
+    for remat in ("attention_offload", "attention_output", "attention", "full"):
         traced = str(jax.make_jaxpr(step)(model_with(remat=remat), TOKENS))
         assert ("<host>" in traced) == (remat == "attention_offload"), remat
+        again = traced.count(f"name={RESIDUALS}") > 2  # output and log-sum-exp once, or once more
+        assert again == (remat == "full"), remat
 
 
 @pytest.mark.parametrize(("attention", "sizes"), [("gist", (2, 2, 2)), ("full", (1, 4, 2))])

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from pallas_kernels.backends import check_name
 
 DTYPES = ("float32", "bfloat16", "float16")
-REMAT_POLICIES = ("none", "dots", "attention_gate", "attention", "attention_offload", "full")
+REMAT_POLICIES = ("none", "dots", "attention_gate", "attention", "attention_output", "attention_offload", "full")
 Attention = Literal["gist", "full", "autocompressors"]
 GIST_INITS = ("normal", "mean", "tokens")
 
@@ -39,8 +39,8 @@ class LlamaConfig:
       param_dtype, dtype: of the parameters and of the computation; norms, softmax and logits are float32.
       remat: what the backward pass recomputes of each layer: "none" (nothing), "dots" (all but attention and products),
         "attention_gate" (all but attention, what goes into it, and one of the MLP's products), "attention" (all but
-        attention and what goes into it), "attention_offload" (all but attention, whose output waits in the host's
-        memory), "full" (everything).
+        attention and what goes into it), "attention_output" (all but attention), "attention_offload" (all but
+        attention, whose output waits in the host's memory), "full" (everything).
       attention_backend: of `pallas_kernels.gist_attention`; None chooses by platform.
       gist_init: what gist and sink embeddings begin as: "normal" (around 0), "mean" (around the mean of the
         vocabulary's embeddings), "tokens" (embeddings of tokens drawn from the vocabulary).

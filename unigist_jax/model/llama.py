@@ -57,6 +57,7 @@ def _offload_attention(primitive, *args, **params):
 _REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "attention": _save_attention,
+    "attention_output": _is_residual,
     "attention_offload": _offload_attention,
     "attention_gate": jax.checkpoint_policies.save_from_both_policies(
         _save_attention, jax.checkpoint_policies.save_only_these_names(GATE)
