@@ -7,9 +7,10 @@
 As for the paper's table: a prompt of random tokens, 128 new ones, random weights of the exact shape in bf16.
 Every case is a process of its own (launch/inference_case.py) that is ended after --timeout; its result is written to
 OUT/bench_inference.json as soon as it is there. Systems: unigist4, unigist8 and so on (the digits are the ratio), full
-(full attention here), transformers (Hugging Face's, on torch).
+(full attention here), transformers (Hugging Face's, on torch), and every other method with its ratio: snapkv4,
+activation_beacon4, unigist_int84.
 
-Suites
+Suites (all but the first: unigist and full alone)
   latency  --contexts, --batch sequences each
   batch    the largest batch that fits, at the first context: decoding alone
   limit    the longest context under --limit_gib: the first of --limit_tokens (times the ratio) that fits
@@ -35,6 +36,7 @@ from absl import flags
 from launch import inference_report
 from launch.flags import run_main
 from launch.inference_case import Case, device_memory
+from unigist_jax.inference.methods import METHODS
 
 RESULT = "bench_inference.json"
 QUICK_AUTOTUNING = "--xla_gpu_autotune_level=2"  # times what 4, the default, does, but does not check the results
@@ -102,7 +104,7 @@ def cases() -> Iterator[Case]:
     """What the flags ask for, the most important first."""
     contexts, systems = [int(context) for context in _CONTEXTS.value], [parse_system(s) for s in _SYSTEMS.value]
     common = {"shape": _SHAPE.value, "new_tokens": _NEW_TOKENS.value, "rounds": _ROUNDS.value}
-    ours = [(system, ratio) for system, ratio in systems if system != "transformers"]
+    ours = [(system, ratio) for system, ratio in systems if system in ("unigist", "full")]
     for suite in _SUITES.value:
         if suite == "latency":
             for context in contexts:
@@ -130,10 +132,13 @@ def cases() -> Iterator[Case]:
 
 def parse_system(name: str) -> tuple[str, int | None]:
     """`unigist8` as ("unigist", 8); `full` and `transformers` have no ratio."""
-    match = re.fullmatch(r"unigist(\d+)|full|transformers", name)
+    if name in ("full", "transformers"):
+        return name, None
+    methods = sorted(METHODS.keys() - {"full"})
+    match = re.fullmatch(rf"({'|'.join(methods)})([1-9]\d*)", name)
     if not match:
-        raise ValueError(f"--systems: unknown {name!r}; choose full, transformers, or unigist4, unigist8, …")
-    return ("unigist", int(match[1])) if match[1] else (name, None)
+        raise ValueError(f"--systems: unknown {name!r}; choose full, transformers, or one of {methods} and a ratio")
+    return match[1], int(match[2])
 
 
 def run(case: Case, scratch: Path) -> dict[str, Any]:

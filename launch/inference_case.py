@@ -28,10 +28,13 @@ from typing import Any
 
 import numpy as np
 
+from unigist_jax.config import with_method
+from unigist_jax.layout import GistLayout
 from unigist_jax.model.config import LlamaConfig
 from unigist_jax.model.shapes import SHAPES
 
 TINY = LlamaConfig(256, 64, 128, 2, 4, 2, 16, param_dtype="float32", dtype="float32")  # to try the benchmark on a CPU
+CHUNKWISE = "activation_beacon", "autocompressors"
 RESERVE_BYTES = 3 * 2**29  # left free beside the largest batch: programs, logits, what steps need for a while
 
 
@@ -40,9 +43,9 @@ class Case:
     """What one process measures.
 
     Attributes:
-      system: "unigist", "full" (full attention of this project) or "transformers" (torch, sdpa).
+      system: a method of this project (`unigist_jax.inference.methods`), or "transformers" (torch, sdpa).
       kind: "latency", "chunks", "decode" or "limit" (see the module).
-      ratio: raws per gist; of "unigist" alone.
+      ratio: raws per gist, or of a context over those kept of it; None where nothing is compressed.
       shape: a name in `SHAPES`, or "tiny".
       context: tokens of each sequence before the generated ones.
       batch: sequences; 0, of "decode" alone: as many as fit.
@@ -78,6 +81,16 @@ class Case:
         """The model's shape."""
         return TINY if self.shape == "tiny" else SHAPES[self.shape]
 
+    @property
+    def layout(self) -> GistLayout:
+        """What is kept, with the chunks and summaries that a chunk-wise method implies."""
+        layout = GistLayout(self.ratio or 4)
+        if self.system not in CHUNKWISE:
+            return layout
+        return GistLayout(
+            **with_method({"method": self.system, "model": {}, "gist": dataclasses.asdict(layout)})["gist"]
+        )
+
 
 def measure(case: Case) -> dict[str, Any]:
     """A case of this project's own methods."""
@@ -92,9 +105,8 @@ def _measure(case: Case, mesh) -> dict[str, Any]:
 
     from unigist_jax.inference.methods import METHODS
     from unigist_jax.inference.prefill import default_chunk_size
-    from unigist_jax.layout import GistLayout
 
-    device, layout = jax.devices()[0], GistLayout(case.ratio or 4)
+    device, layout = jax.devices()[0], case.layout
     result = {"device": device.device_kind, "jax": jax.__version__}
     result["copy_bytes_s"] = copy_bandwidth(2**20 if case.shape == "tiny" else 2**30)
     start = time.perf_counter()
@@ -108,7 +120,9 @@ def _measure(case: Case, mesh) -> dict[str, Any]:
     kinds = {"latency": _latency, "chunks": _chunks, "decode": _decode, "limit": _decode}
     result |= kinds[case.kind](case, model, METHODS[case.system], chunk)
     result["cache_bytes"] //= case.tensor
-    read = read_of_cache(case, layout, result.get("batch", case.batch)) // case.tensor
+    read = result["cache_bytes"]  # of the baselines, all that they hold
+    if case.system in ("unigist", "full"):
+        read = read_of_cache(case, layout, result.get("batch", case.batch)) // case.tensor
     result["step_bytes"] = weights - looked_up + read
     stats = device.memory_stats() or {}
     if "peak_bytes_in_use" in stats:
@@ -235,8 +249,8 @@ def _latency(case: Case, model, method, chunk: int) -> dict[str, Any]:
         cache_bytes = generated.cache.nbytes
 
     start = time.perf_counter()
-    # full attention is compiled for the length of a prompt, gist attention for that of a chunk
-    run(lambda: None, case.context if case.system == "full" else min(case.context, chunk), min(case.new_tokens, 10))
+    # what reads in chunks is compiled for the length of a chunk, the rest for that of a prompt
+    run(lambda: None, min(case.context, chunk) if method.extend else case.context, min(case.new_tokens, 10))
     first = time.perf_counter() - start
     timed = median_round(case.rounds, run)
     return {"first_call_s": first, "chunk_size": chunk, **timed, "cache_bytes": cache_bytes}

@@ -13,8 +13,8 @@ Record = dict
 
 def system(record: Record) -> str:
     """A system's name in a table."""
-    names = {"full": "full attention (cuDNN)", "transformers": "transformers (sdpa)"}
-    name = f"UniGist r={record['ratio']}" if record["system"] == "unigist" else names[record["system"]]
+    names = {"full": "full attention (cuDNN)", "transformers": "transformers (sdpa)", "unigist": "UniGist"}
+    name = names.get(record["system"], record["system"]) + (f" r={record['ratio']}" if record["ratio"] else "")
     devices = record.get("tensor", 1)
     return f"{name}, {devices} devices" if devices > 1 else name
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from launch import inference_report
+from launch.bench_inference import parse_system
 from launch.inference_case import Case, measure, noise, random_model
 from unigist_jax.layout import GistLayout
 from unigist_jax.model import init_llama
@@ -50,6 +51,20 @@ def test_what_is_measured(records):
         assert record["total_s"] == pytest.approx(record["ttft_s"] + 8 * record["tpot_s"])
     assert decode["batch"] == 3 and decode["tokens_s"] == pytest.approx(3 / decode["tpot_s"])
     assert set(chunks["seconds_by_chunk"]) == {"64", "128"}
+
+
+def test_baselines_are_systems_too():
+    """Each holds what it keeps, and room for what is generated, of the 2 layers' 2 heads of 16 in float32."""
+    systems = [parse_system(name) for name in ("snapkv4", "unigist_int88", "full")]
+    assert systems == [("snapkv", 4), ("unigist_int8", 8), ("full", None)]
+    with pytest.raises(ValueError, match=r"'snapkv'; choose full, .*'snapkv'.* and a ratio"):
+        parse_system("snapkv")
+    case = Case("snapkv", "latency", 4, batch=2, **TINY)
+    record = measure(case)
+    assert record["cache_bytes"] == 2 * (320 // 4 + 9) * (2 * 2 * 2 * 16 * 4) and record["tpot_s"] > 0
+    assert record["step_bytes"] == record["weights_bytes"] - 256 * 64 * 4 + record["cache_bytes"]
+    assert inference_report.system(dataclasses.asdict(case)) == "snapkv r=4"
+    assert Case("autocompressors", "latency", 8, **TINY).layout == GistLayout(8, 256, 2040, chunk=2048)
 
 
 def test_weights_are_those_of_the_shape():
