@@ -1,6 +1,7 @@
 """Runs the Hopper kernels on a CPU: the part of Pallas Mosaic GPU that they use, in NumPy and threads.
 
-    python tests/hopper_emulator.py                # the whole grid of kernel_cases.py against the oracle, in minutes
+    python tests/hopper_emulator.py                # the whole grid of kernel_cases.py against the oracle, in minutes,
+                                                   # also with the backward pass's walks cut into pieces
     python tests/hopper_emulator.py RESULTS.npz    # values of its small cases, which test_kernels.py checks
 
 Pallas's own interpreter of Mosaic GPU lacks what they need. Here the blocks of a grid run one after another, in the
@@ -19,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import itertools
 import sys
 import threading
 from types import SimpleNamespace
@@ -31,6 +33,9 @@ import jax.numpy as jnp
 import kernel_cases
 import numpy as np
 
+from pallas_kernels.hopper.blocks import BackwardBlocks, ForwardBlocks
+
+CUT, SINKS_CUT = BackwardBlocks(heads=2, walk=5), BackwardBlocks(walk=7, sinks_alone=True)
 PATIENCE = 60.0  # seconds without an arrival that count as a deadlock
 KERNELS = "forward", "backward", "decode"
 
@@ -328,10 +333,11 @@ def emulation():
         yield SimpleNamespace(**modules)
 
 
-def values(hopper, case) -> dict[str, np.ndarray]:
-    """Output, and where it is not a decoding step every gradient, of a case."""
+def values(hopper, case, backward: BackwardBlocks | None = None) -> dict[str, np.ndarray]:
+    """Output, and where it is not a decoding step every gradient, of a case; `backward` in place of the table's."""
     if isinstance(case, kernel_cases.Case):
-        return kernel_cases.values(kernel_cases.direct(hopper.op.attend), case, kernel_cases.inputs(case))
+        attend = functools.partial(hopper.op.attend, blocks=backward and (ForwardBlocks(), backward))
+        return kernel_cases.values(kernel_cases.direct(attend), case, kernel_cases.inputs(case))
     return {"out": kernel_cases.decoded(hopper.decode.decode, case, kernel_cases.decode_inputs(case))}
 
 
@@ -339,17 +345,21 @@ def check_all() -> None:
     """Holds every case to the oracle, in its own dtype, and prints the largest relative error of its parts."""
     with emulation() as hopper:
         for name, case in kernel_cases.ATTENTION.items():
-            found, oracle = values(hopper, case), kernel_cases.expected(case)
-            print(f"{name}: {max(kernel_cases.relative(found[part], oracle[part]) for part in found):.1e}", flush=True)
-            kernel_cases.check(found, case)
+            oracle = kernel_cases.expected(case)
+            for how, backward in (("", None), (", walks cut", CUT), (", sinks' walks cut", SINKS_CUT)):
+                found = values(hopper, case, backward)
+                error = max(kernel_cases.relative(found[part], oracle[part]) for part in found)
+                print(f"{name}{how}: {error:.1e}", flush=True)
+                kernel_cases.check(found, case)
         for name, case in kernel_cases.DECODING.items():
             kernel_cases.check_decoding(values(hopper, case)["out"], case, kernel_cases.decode_inputs(case))
             print(f"decoding, {name}: right", flush=True)
 
 
 def main(path: str) -> None:
+    ways = itertools.cycle((None, CUT._replace(walk=1), None, SINKS_CUT._replace(walk=1)))  # few query tiles in each
     with emulation() as hopper:
-        cases = [(name, values(hopper, case)) for name, case in kernel_cases.elsewhere()]
+        cases = [(name, values(hopper, case, next(ways))) for name, case in kernel_cases.elsewhere()]
     np.savez(path, **{f"{name}/{part}": np.asarray(x) for name, parts in cases for part, x in parts.items()})
 
 

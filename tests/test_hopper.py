@@ -1,12 +1,15 @@
 """The Hopper backend on any machine: what it refuses, its tables, and (where jax's CUDA plugin is installed) that it
-compiles for an H100 without a GPU. Its numbers are held to the oracle on a GPU by test_kernels.py.
+compiles for an H100 without a GPU. Its numbers are held to the oracle on a GPU by test_kernels.py, and here with the
+backward pass's walks cut into pieces (`python -m pytest --noconftest tests/test_hopper.py -k gpu`).
 """
 
+import functools
 import os
 import subprocess
 import sys
 import textwrap
 
+import jax
 import jax.numpy as jnp
 import kernel_cases
 import numpy as np
@@ -18,6 +21,7 @@ from unigist_jax.layout import GistLayout, unit_starts
 plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 hopper = pytest.importorskip("pallas_kernels.hopper")
 plan = pytest.importorskip("pallas_kernels.hopper.plan")
+blocks_of = pytest.importorskip("pallas_kernels.hopper.blocks")
 decode = pytest.importorskip("pallas_kernels.hopper.decode")
 
 
@@ -92,16 +96,27 @@ def test_each_query_tile_counts_the_key_tiles_that_add_to_its_gradient():
     none = jnp.zeros_like(intervals.gist_lo)
     pairs = (none, none + 130), intervals[:2], intervals[2:]
     counts = tuple(-(-x // keys) for x in (130, num_units, 4 * num_units))
-    pieces = 3
-    walks, tiles = plan.backward_tables(segment, [plan.RowRanges(*x) for x in pairs], counts, tile, keys, pieces)
-    numbers = [(0, n) for _ in range(pieces) for n in range(counts[0])]
-    numbers += [(source, n) for source in (1, 2) for n in range(counts[source])]
-    for s in range(2):
-        turns = [[] for _ in range(segment.rows // tile)]
-        for (source, n), (a, b, c, d) in zip(numbers, np.asarray(walks[s]), strict=True):
-            for m in (*range(a, b), *range(c, d)):
-                turns[m].append(n + int(tiles[s, source, m, 0]))
-        assert all(turn == list(range(len(turn))) for turn in turns)
+    ranges = [plan.RowRanges(*x) for x in pairs]
+    of_source = [(source, n) for source in range(3) for n in range(counts[source])]
+    whole = np.asarray(plan.backward_tables(segment, ranges, counts, tile, keys, 1, 0)[0])
+    for num_cut in (counts[0], counts[0] + counts[1]):
+        walks, tiles = plan.backward_tables(segment, ranges, counts, tile, keys, 3, num_cut)
+        for s in range(2):
+            turns = [[] for _ in range(segment.rows // tile)]
+            pieces = [[] for _ in of_source]
+            for key_tile, a, b, c, d, turn in np.asarray(walks[s]):
+                source, n = of_source[key_tile]
+                visited = [*range(a, b), *range(c, d)]
+                for m in visited:
+                    turns[m].append(n + int(tiles[s, source, m, 0]))
+                if turn >= 0:
+                    assert turn == len(pieces[key_tile])
+                    pieces[key_tile].append(visited)
+                assert turn >= 0 or not visited
+            assert all(turn == list(range(len(turn))) for turn in turns)
+            for (key_tile, a, b, c, d, _), cut in zip(whole[s], pieces, strict=True):
+                assert len(cut) == 1 or all(cut)
+                assert sorted(m for visited in cut for m in visited) == [*range(a, b), *range(c, d)], key_tile
 
 
 @pytest.mark.parametrize(("runs", "total"), [(16, 517), (16, 16), (7, 100), (1, 5)])
@@ -111,6 +126,24 @@ def test_runs_take_every_key_tile_once_and_equally_many(runs, total):
     assert np.diff(begins).max() - np.diff(begins).min() <= 1
     taken_by = np.repeat(np.arange(runs), np.diff(begins))
     np.testing.assert_array_equal(decode.run_of(np.arange(total, dtype=np.int32), runs, total), taken_by)
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(jax.devices()[0].platform != "gpu", reason="on a CPU, hopper_emulator.py cuts them")
+@pytest.mark.parametrize("blocks", [{"heads": 2, "walk": 4}, {"walk": 6, "sinks_alone": True}])
+@pytest.mark.parametrize(
+    "name", ["head dim 64, 130 sinks", "documents that differ between sequences", "chunk of 64 units in a cache of 180"]
+)
+def test_gradients_of_walks_in_pieces_on_a_gpu(name, blocks):
+    case = kernel_cases.ATTENTION[name]
+    given = kernel_cases.inputs(case)
+    attend = functools.partial(hopper.attend, blocks=(blocks_of.ForwardBlocks(), blocks_of.BackwardBlocks(**blocks)))
+    run = kernel_cases.compiled(kernel_cases.direct(attend), case, given)
+    found, again = run(given), run(given)
+    assert all((found[part] == again[part]).all() for part in found), "two runs differ"
+    kernel_cases.check(found, case)
 
 
 # --- compilation for an H100 on a machine without one -----------------------------------------------------------------
@@ -137,6 +170,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 from pallas_kernels import hopper
 from pallas_kernels.gist_attention import GistKV
+from pallas_kernels.hopper.blocks import BackwardBlocks, ForwardBlocks
 from unigist_jax.layout import GistLayout, unit_starts
 try:
     target = topologies.get_topology_desc(platform="cuda", target_config=sys.argv[1], topology="1x1x1")
@@ -149,7 +183,8 @@ layout, units, dim = GistLayout(4, 128, 128), 128, int(sys.argv[2])
 def keys(raws):
     return GistKV(*(shaped(jnp.bfloat16, *n, 2, dim) for n in ((128,), (1, units), (1, raws)) for _ in (0, 1)))
 q = shaped(jnp.bfloat16, 1, 5 * units, 8, dim)
-attend = lambda q, kv: hopper.attend(q, kv, layout, 0, 0, unit_starts(layout, units, jnp.int32(0)))
+blocks = ForwardBlocks(), BackwardBlocks(walk=2)
+attend = lambda q, kv: hopper.attend(q, kv, layout, 0, 0, unit_starts(layout, units, jnp.int32(0)), blocks=blocks)
 if sys.argv[3] == "forward":
     jax.jit(attend).lower(q, keys(4 * units)).compile()
 elif sys.argv[3] == "backward":

@@ -30,8 +30,17 @@ Determinism: the additions to one query tile happen in the order of the key tile
 waits on the tile's counter until its predecessors have landed, and raises it when it has landed itself. Blocks start in
 that order and every block walks its queries in the same direction, so they queue up staggered by one step and hardly
 wait. For sinks and gists each query head has its own block (partial dK and dV in float32, summed afterwards); raw key
-tiles, which few queries see, take a whole group of query heads, and come last to fill the gaps. The sinks' walk can be
-cut among several blocks, as packed documents want it: their own walks are short, and all wait for that of the sinks.
+tiles, which few queries see, take a whole group of query heads, and come last to fill the gaps.
+
+A walk over a long row can be cut into pieces with a block each. The blocks then go piece by piece over the row, so that
+its query tiles stay in L2 while the blocks of all key tiles come by:
+
+                                        raws                              gists
+  block 0, 1, 2   sink tile 0, gist tile 0, 1                  ██████                     ███    the last piece
+  block 3, 4, 5   the same                          ██████                         ███           …
+
+The blocks of a key tile add their dK and dV in the order of the pieces, by a counter as well. Packed documents cut the
+walks of the sinks alone: their own walks are short, and all wait for that of the sinks.
 """
 
 from __future__ import annotations
@@ -88,8 +97,8 @@ class Grid(NamedTuple):
     batch: int
     heads: int
     kv_heads: int
-    tiles: tuple[int, int, int]  # key tiles of sinks, gists and raws; those of sinks count once for every piece
-    sink_pieces: int  # parts of the row, with a block of the sinks each
+    tiles: tuple[int, int, int]  # key tiles of sinks, gists and raws
+    shared_walks: int  # walks over a head, or pieces of them, of the key tiles of sinks and gists
     interleaved: int  # query heads whose blocks alternate
 
     @property
@@ -103,31 +112,30 @@ class Grid(NamedTuple):
 
     @property
     def shared_blocks(self) -> int:
-        return self.batch * self.heads * self.shared_tiles
+        return self.batch * self.heads * self.shared_walks
 
     @property
     def blocks(self) -> int:
         return self.shared_blocks + self.batch * self.kv_heads * self.tiles[RAWS]
 
     def place(self, block):
-        """Sequence, key tile and first query head of a block; key tiles, which get lighter, are the slower index."""
+        """Sequence, walk and first query head of a block; walks, which get lighter, are the slower index."""
         raws = block >= self.shared_blocks
         block = jnp.where(raws, block - self.shared_blocks, block)
         heads = jnp.where(raws, self.kv_heads, self.interleaved)
-        tiles = jnp.where(raws, self.tiles[RAWS], self.shared_tiles)
+        walks = jnp.where(raws, self.tiles[RAWS], self.shared_walks)
         rounds = jnp.where(raws, 1, self.heads // self.interleaved)
         head, block = lax.rem(block, heads), lax.div(block, heads)
-        tile, block = lax.rem(block, tiles), lax.div(block, tiles)
+        walk, block = lax.rem(block, walks), lax.div(block, walks)
         turn, b = lax.rem(block, rounds), lax.div(block, rounds)
         first_head = jnp.where(raws, head * self.group, turn * self.interleaved + head)
-        return b, jnp.where(raws, self.shared_tiles + tile, tile), first_head
+        return b, jnp.where(raws, self.shared_walks + walk, walk), first_head
 
     def source(self, key_tile):
         """Source of a key tile, and its index there."""
         source = (key_tile >= self.tiles[SINKS]).astype(jnp.int32) + (key_tile >= self.shared_tiles).astype(jnp.int32)
-        of_sinks = max(1, self.tiles[SINKS] // self.sink_pieces)
-        before = jnp.where(source == RAWS, self.shared_tiles, self.tiles[SINKS])
-        return source, jnp.where(source == SINKS, lax.rem(key_tile, of_sinks), key_tile - before)
+        before = jnp.where(source == RAWS, self.shared_tiles, jnp.where(source == GISTS, self.tiles[SINKS], 0))
+        return source, key_tile - before
 
 
 def gist_attention_backward(
@@ -159,12 +167,14 @@ def gist_attention_backward(
     sinks = (kv.sink_k, kv.sink_v) if layout.num_sinks else ()
     key_tiles = tuple(-(-x.shape[-3] // KEYS) for x in (kv.sink_k, kv.gist_k, kv.raw_k))
     interleaved = max(n for n in range(1, blocks.heads + 1) if num_heads % n == 0)
-    pieces = -(-num_tiles // blocks.sink_walk) if blocks.sink_walk else 1
-    grid = Grid(batch, num_heads, num_kv_heads, (pieces * key_tiles[SINKS], *key_tiles[GISTS:]), pieces, interleaved)
+    cut_tiles = key_tiles[SINKS] + (0 if blocks.sinks_alone else key_tiles[GISTS])
+    pieces = -(-num_tiles // blocks.walk) if blocks.walk else 1
+    shared_walks = cut_tiles * (pieces - 1) + key_tiles[SINKS] + key_tiles[GISTS]
+    grid = Grid(batch, num_heads, num_kv_heads, key_tiles, shared_walks, interleaved)
 
     none = jnp.zeros_like(intervals.gist_lo)
     ranges = [RowRanges(none, none + layout.num_sinks), RowRanges(*intervals[:2]), RowRanges(*intervals[2:])]
-    walk_table, tile_table = backward_tables(segment, ranges, key_tiles, tile_rows, KEYS, pieces)
+    walk_table, tile_table = backward_tables(segment, ranges, key_tiles, tile_rows, KEYS, pieces, cut_tiles)
     ranges = jnp.stack([jnp.stack(x, axis=1) for x in ranges], axis=1)  # [S, 3, 2, P]
     delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1)
     # XLA would write the sums transposed, row by row, several times slower
@@ -177,16 +187,22 @@ def gist_attention_backward(
         k_smem, v_smem, q_smem, do_smem, stats_smem, ranges_smem, ds_smem, dq_smem, *refs = refs
         kv_filled, q_filled, do_filled, freed, ds_ready, dq_ready, dq_freed = refs
         wg = lax.axis_index("wg")
-        b, key_tile, first_head = grid.place(lax.axis_index("block"))
-        source, index_in_source = grid.source(key_tile)
+        b, line, first_head = grid.place(lax.axis_index("block"))
         at_batch = b if per_batch else 0
-        walk = Walk(*(walks_ref[(at_batch * sum(grid.tiles) + key_tile) * 4 + i] for i in range(4)))
+        line += at_batch * (shared_walks + key_tiles[RAWS])
+        key_tile, *bounds, turn = (walks_ref[line * 6 + i] for i in range(6))
+        source, index_in_source = grid.source(key_tile)
+        walk = Walk(*bounds)
         steps = walk.per_head * jnp.where(source == RAWS, group, 1)
+
+        if ordered or pieces > 1:  # of the additions to each query tile, then of those to each key tile
+            num_counters = (num_tiles * ordered + grid.shared_tiles * (pieces > 1)) * num_heads * batch
+            counters = pl.get_global(plgpu.SemaphoreType.REGULAR((num_counters,)))
 
         def of_tile(tile, column):
             return tiles_ref[((at_batch * 3 + source) * num_tiles + tile) * 4 + column]
 
-        @pl.when(wg < 2)
+        @pl.when((wg < 2) & (turn >= 0))
         def _compute():
             plgpu.set_max_registers(240, action="increase")
             shape = (64, 64)  # of the scores that a warpgroup has in registers
@@ -311,14 +327,26 @@ def gist_attention_backward(
             @pl.when(source != RAWS)
             def _():
                 where = (b, pl.ds(key_tile * KEYS + wg * 64, 64), first_head)
-                dk_shared_ref.at[where][...] = dk
-                dv_shared_ref.at[where][...] = dv
+                if pieces == 1:
+                    dk_shared_ref.at[where][...] = dk
+                    dv_shared_ref.at[where][...] = dv
+                    return
+                first_counter = num_tiles * ordered * num_heads * batch
+                counter = counters.at[first_counter + (b * num_heads + first_head) * grid.shared_tiles + key_tile]
+                plgpu.semaphore_wait(counter, 2 * turn, decrement=False, memory_scope="gpu")  # both warpgroups' signals
+                for ref, x in ((dk_shared_ref, dk), (dv_shared_ref, dv)):
+                    target = ref.at[where]
 
-        @pl.when(wg == 2)
+                    def added(x, target=target):
+                        return x + plgpu.load(target, layout=WGMMA, optimized=False)
+
+                    target[...] = lax.cond(turn > 0, added, lambda x: x, x)
+                plgpu.commit_smem()  # the warpgroup's threads have all stored
+                plgpu.semaphore_signal(counter, memory_scope="gpu")
+
+        @pl.when((wg == 2) & (turn >= 0))
         def _serve():
             plgpu.set_max_registers(24, action="decrease")
-            if ordered:
-                counters = pl.get_global(plgpu.SemaphoreType.REGULAR((batch * num_heads * num_tiles,)))
 
             def load_keys():
                 keys, head = pl.ds(index_in_source * KEYS, KEYS), lax.div(first_head, group)
@@ -429,9 +457,8 @@ def gist_attention_backward(
         *d_shared, d_raw_k, d_raw_v = run(*inputs, sums)
         d_q = jax.freeze(sums)
     d_shared = [x.reshape(batch, -1, num_kv_heads, group, dim) for x in d_shared]
-    num_sinks, num_gists, first_gist = kv.sink_k.shape[0], kv.gist_k.shape[1], grid.tiles[SINKS] * KEYS
-    d_sinks = [x[:, :first_gist].reshape(batch, pieces, key_tiles[SINKS] * KEYS, *x.shape[2:]) for x in d_shared]
-    d_sinks = [x[:, :, :num_sinks].sum((0, 1, 4)) for x in d_sinks]
+    num_sinks, num_gists, first_gist = kv.sink_k.shape[0], kv.gist_k.shape[1], key_tiles[SINKS] * KEYS
+    d_sinks = [x[:, :num_sinks].sum((0, 3)) for x in d_shared]
     d_gists = [x[:, first_gist : first_gist + num_gists].sum(3) for x in d_shared]
     d_raws = [x[:, : kv.raw_k.shape[1]] for x in (d_raw_k, d_raw_v)]
     d_kv = [x.astype(like.dtype) for x, like in zip((*d_sinks, *d_gists, *d_raws), kv, strict=True)]

@@ -21,13 +21,15 @@ class BackwardBlocks(NamedTuple):
 
     stages: query tiles in flight.
     heads: query heads whose blocks interleave.
-    sink_walk: query tiles that a block of the sinks' keys walks over, about; 0: all of them.
+    walk: query tiles that a block of the sinks' and gists' keys walks over, about; 0: all of them.
+    sinks_alone: whether `walk` holds for the sinks' blocks alone.
     deterministic: whether additions to dQ happen in a fixed order.
     """
 
     stages: int = 2
     heads: int = 8
-    sink_walk: int = 0
+    walk: int = 0
+    sinks_alone: bool = False
     deterministic: bool = True
 
 
@@ -41,11 +43,11 @@ BACKWARD: tuple[tuple[int, tuple[int, ...] | None, int, BackwardBlocks], ...] = 
     (128, None, 0, BackwardBlocks()),
     (128, (2, 4), 24576, BackwardBlocks(heads=4)),
     (128, (2, 4), 98304, BackwardBlocks(heads=2)),
-    (128, (8, 16, 32), 0, BackwardBlocks(heads=4, sink_walk=64)),
+    (128, (8, 16, 32), 0, BackwardBlocks(heads=4)),
     (128, (8, 16, 32), 24576, BackwardBlocks(heads=2)),
 )
 
-DOCUMENTS_SINK_WALK = 64
+DOCUMENTS_WALK = 64
 
 
 def _pick(table, dim: int, ratio: int, length: int):
@@ -65,4 +67,4 @@ def backward_blocks(dim: int, ratio: int, length: int, documents: bool) -> Backw
     packed documents would wait for a walk over the whole row.
     """
     blocks = _pick(BACKWARD, dim, ratio, length)
-    return blocks._replace(sink_walk=DOCUMENTS_SINK_WALK) if documents else blocks
+    return blocks._replace(walk=DOCUMENTS_WALK, sinks_alone=True) if documents else blocks

@@ -196,13 +196,28 @@ def visitors(segment: Segment, bounds: TileBounds, num_key_tiles: int, tile: int
     return jnp.stack(columns, axis=-1)
 
 
-def cut_walks(segment: Segment, walks: Int32[Array, "S N 4"], pieces: int, tile: int) -> Int32[Array, "S K 4"]:
-    """`visitors` within each of `pieces` equal parts of the raws and of the gists, the last part first."""
+def walk_lines(
+    segment: Segment, walks: Int32[Array, "S N 4"], tile: int, pieces: int, num_cut: int
+) -> Int32[Array, "S K 6"]:
+    """One line for each block of a head: its key tile, the query tiles it visits, and its turn to add to dK and dV.
+
+    The walks of the first `num_cut` key tiles are cut at the ends of `pieces` equal parts of the raws and of the gists.
+    Lines go piece by piece, the last part of the row first, and within a piece by key tile; then come the whole walks.
+    A turn counts the pieces of the key tile before this one that visit anything; one that visits nothing has -1, unless
+    no piece of its key tile does: then one has turn 0, to write zeros.
+    """
     parts = np.arange(pieces)[::-1, None, None] + np.array([0, 1])
     split, num_tiles = segment.raw_rows // tile, segment.rows // tile
     edges = np.concatenate([split * parts // pieces, split + (num_tiles - split) * parts // pieces], axis=-1)
-    low, high = edges[..., [0, 0, 2, 2]], edges[..., [1, 1, 3, 3]]
-    return jnp.clip(walks[:, None], low, high).reshape(len(walks), -1, 4)
+    cut = jnp.clip(walks[:, None, :num_cut], edges[..., [0, 0, 2, 2]], edges[..., [1, 1, 3, 3]])  # [S, pieces, cut, 4]
+    busy = (cut[..., 0] < cut[..., 1]) | (cut[..., 2] < cut[..., 3])
+    busy = busy.at[:, 0].max(~busy.any(1))
+    turns = jnp.where(busy, jnp.cumsum(busy, axis=1) - busy, -1)
+    keys = np.broadcast_to(np.arange(num_cut), turns.shape)
+    lines = jnp.concatenate([keys[..., None], cut, turns[..., None]], axis=-1).reshape(len(walks), -1, 6)
+    whole = jnp.pad(walks[:, num_cut:], ((0, 0), (0, 0), (1, 1)))
+    whole = whole.at[..., 0].set(np.arange(num_cut, walks.shape[1]))
+    return jnp.concatenate([lines, whole], axis=1).astype(jnp.int32)
 
 
 def backward_tables(
@@ -211,15 +226,16 @@ def backward_tables(
     num_key_tiles: tuple[int, int, int],
     tile: int,
     keys: int,
-    sink_pieces: int = 1,
-) -> tuple[Int32[Array, "S N 4"], Int32[Array, "S 3 M 4"]]:
+    pieces: int,
+    num_cut: int,
+) -> tuple[Int32[Array, "S K 6"], Int32[Array, "S 3 M 4"]]:
     """What the backward pass walks over, for the key tiles of all sources, one source after another.
 
     Args:
-      sink_pieces: parts into which the walks of the sinks' key tiles are cut; their N counts every part.
+      pieces, num_cut: how many parts the walks of how many key tiles are cut into.
 
     Returns:
-      For each key tile its `visitors`. For each source and query tile: what to add to a key tile's index in the source
+      `walk_lines` of all key tiles. For each source and query tile: what to add to a key tile's index in the source
       to get the number of key tiles, of this source and those before it, that visit the query tile earlier; then the
       range of the source's key tiles that need no mask.
     """
@@ -227,12 +243,12 @@ def backward_tables(
     for rows, count in zip(ranges, num_key_tiles, strict=True):
         bounds = tile_bounds(segment, rows, tile, keys)
         begin, reach = _monotone(segment, bounds, tile)
-        walk = visitors(segment, bounds, count, tile)
-        walks.append(walk if walks else cut_walks(segment, walk, sink_pieces, tile))
+        walks.append(visitors(segment, bounds, count, tile))
         zeros = jnp.zeros_like(begin)
         tiles.append(jnp.stack([earlier - begin, bounds.full_first, bounds.full_last, zeros], axis=-1))
         earlier += jnp.maximum(reach - begin, 0)
-    return jnp.concatenate(walks, axis=1), jnp.stack(tiles, axis=1)
+    walks = jnp.concatenate(walks, axis=1)
+    return walk_lines(segment, walks, tile, pieces, num_cut), jnp.stack(tiles, axis=1)
 
 
 def log_sum_exp_of_rows(segment: Segment, lse: Float[Array, "B Hq P"]) -> Float[Array, "B Hq P"]:
