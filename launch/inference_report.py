@@ -146,18 +146,16 @@ def chunk_table(records: list[Record]) -> Iterator[str]:
 
 
 def tables(result: dict) -> str:
-    """The measurements as Markdown, device by device."""
-    parts = []
+    """The measurements as Markdown: the commands, then device by device."""
+    parts = ["\n".join(f"    python -m {command}" for command in result["commands"])]
     measured = [record for record in result["records"] if "error" not in record]
     for device in dict.fromkeys(record["device"] for record in measured):
         records = [record for record in measured if record["device"] == device]
         releases = {k: r[k] for r in records for k in ("jax", "torch", "transformers") if k in r}
         rates = [r["copy_bytes_s"] for r in records if "copy_bytes_s" in r]
         copies = f" It copies {min(rates) / 1e12:.2f} to {max(rates) / 1e12:.2f} TB/s." if rates else ""
-        parts.append(
-            f"{device}, {', '.join(f'{k} {v}' for k, v in releases.items())}, {records[0]['shape']}: "
-            f"{', then '.join(f'`{command}`' for command in result['commands'])}.{copies}"
-        )
+        versions = ", ".join(f"{k} {v}" for k, v in releases.items())
+        parts.append(f"{device}, {versions}, {records[0]['shape']}.{copies}")
         for part in (latency_table, batch_table, limit_table, chunk_table):
             parts.extend(part(records))
     fitting = {(record["system"], record["ratio"]) for record in measured if record["kind"] == "limit"}

@@ -93,7 +93,7 @@ def test_report(records, tmp_path):
     assert f"| UniGist r=8 | {gist['ttft_s'] * 1e3:,.0f} |" in text and " · ".join(gains) in text
     assert f"| UniGist r=8, 2 devices | {records[5]['ttft_s'] * 1e3:,.0f} |" in text
     assert "- transformers-latency-320-b2: took too long" in text and "larger" not in text
-    assert "`launch.bench_inference --out=x`" in text and "![times and memory](raw.png)" in text
+    assert "    python -m launch.bench_inference --out=x\n" in text and "![times and memory](raw.png)" in text
     assert raw.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     page.write_text("no marks")
     with pytest.raises(ValueError, match=r"page\.md needs the lines"):
