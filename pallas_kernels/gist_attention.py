@@ -18,6 +18,7 @@ One op serves four situations; only where the keys come from differs:
 
 from __future__ import annotations
 
+import contextlib
 from typing import NamedTuple
 
 import jax
@@ -72,14 +73,18 @@ def gist_attention(
     """
     num_units = _check(q, kv, layout, first_unit, first_raw_unit, doc_start, raw_start)
     name, module = choose(backend, q, kv, layout)
-    first_unit, first_raw_unit = (jnp.asarray(x, jnp.int32) for x in (first_unit, first_raw_unit))
+    positions = first_unit, first_raw_unit, doc_start, raw_start
+    # known positions are computed here and now: a backend may make its tables of them beforehand
+    known = not any(isinstance(x, jax.core.Tracer) for x in positions)
+    with jax.ensure_compile_time_eval() if known else contextlib.nullcontext():
+        first_unit, first_raw_unit = (jnp.asarray(x, jnp.int32) for x in (first_unit, first_raw_unit))
 
-    def of_segment(per_unit):
-        if per_unit is None:
-            return None
-        return jax.lax.dynamic_slice_in_dim(per_unit.astype(jnp.int32), first_unit, num_units, axis=1)
+        def of_segment(per_unit):
+            if per_unit is None:
+                return None
+            return jax.lax.dynamic_slice_in_dim(per_unit.astype(jnp.int32), first_unit, num_units, axis=1)
 
-    starts = unit_starts(layout, num_units, first_unit, of_segment(doc_start), of_segment(raw_start))
+        starts = unit_starts(layout, num_units, first_unit, of_segment(doc_start), of_segment(raw_start))
     with jax.named_scope(f"gist_attention_{name}"):
         return module.attend(q, kv, layout, first_unit, first_raw_unit, starts)
 

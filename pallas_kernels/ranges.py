@@ -15,9 +15,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int32
+import numpy as np
+from jaxtyping import Int32
 
-from unigist_jax.layout import GistLayout, UnitStarts, segment_ranges
+from unigist_jax.layout import Array, GistLayout, Int, UnitStarts, namespace, segment_ranges
 
 
 class RowRanges(NamedTuple):
@@ -39,19 +40,23 @@ def source_ranges(
     layout: GistLayout,
     num_units: int,
     num_sinks: int,
-    first_unit: int | jax.Array,
-    first_raw_unit: int | jax.Array,
+    first_unit: Int,
+    first_raw_unit: Int,
     starts: UnitStarts,
 ) -> SourceRanges:
-    """Ranges of a gist-shifted segment's rows in sinks, gists, and raws (which begin at unit `first_raw_unit`)."""
-    ranges = segment_ranges(layout, num_units, jnp.asarray(first_unit, jnp.int32), starts)
+    """Ranges of a gist-shifted segment's rows in sinks, gists, and raws (which begin at unit `first_raw_unit`).
+
+    NumPy arrays if no argument is a JAX array.
+    """
+    xp = namespace(first_unit, first_raw_unit, *starts)
+    ranges = segment_ranges(layout, num_units, xp.asarray(first_unit, dtype=np.int32), starts)
     gist_lo, gist_hi, raw_lo, raw_hi = (x.reshape(-1, x.shape[-1]) for x in ranges)
-    offset = jnp.asarray(first_raw_unit, jnp.int32) * layout.ratio
-    zero = jnp.zeros_like(gist_lo)
+    offset = xp.asarray(first_raw_unit, dtype=np.int32) * layout.ratio
+    zero = xp.zeros_like(gist_lo)
     return SourceRanges(
         sinks=RowRanges(zero, zero + num_sinks),
         gists=RowRanges(gist_lo, gist_hi),
-        raws=RowRanges(jnp.maximum(raw_lo - offset, 0), raw_hi - offset),
+        raws=RowRanges(xp.maximum(raw_lo - offset, 0), raw_hi - offset),
     )
 
 

@@ -15,7 +15,7 @@ import kernel_cases
 import numpy as np
 import pytest
 
-from pallas_kernels import reference
+from pallas_kernels import GistKV, reference
 from unigist_jax.layout import GistLayout, unit_starts
 
 plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
@@ -23,6 +23,7 @@ hopper = pytest.importorskip("pallas_kernels.hopper")
 plan = pytest.importorskip("pallas_kernels.hopper.plan")
 blocks_of = pytest.importorskip("pallas_kernels.hopper.blocks")
 decode = pytest.importorskip("pallas_kernels.hopper.decode")
+forward, backward = (pytest.importorskip(f"pallas_kernels.hopper.{name}") for name in ("forward", "backward"))
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
@@ -117,6 +118,28 @@ def test_each_query_tile_counts_the_key_tiles_that_add_to_its_gradient():
             for (key_tile, a, b, c, d, _), cut in zip(whole[s], pieces, strict=True):
                 assert len(cut) == 1 or all(cut)
                 assert sorted(m for visited in cut for m in visited) == [*range(a, b), *range(c, d)], key_tile
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_tables_of_known_positions_are_constants_that_equal_those_of_a_program(packed):
+    layout, num_units = GistLayout(4, 130, 32), 300
+    doc_start = np.asarray(kernel_cases.random_documents(np.random.default_rng(0), 2, num_units)) if packed else None
+    segment = plan.segment_of(layout, 5 * num_units)
+    sizes = (130,), (2, num_units), (2, 4 * num_units)
+    kv = GistKV(*(np.zeros((*size, 2, 128), np.int8) for size in sizes for _ in (0, 1)))
+    q = np.zeros((2, segment.rows, 2, 128), np.int8)
+
+    def tables(starts):
+        intervals = plan.row_intervals(layout, segment, 0, 0, starts)
+        given = q, kv, layout, segment, intervals
+        blocks = blocks_of.ForwardBlocks(), blocks_of.BackwardBlocks(walk=9)
+        return intervals, forward.forward_tables(*given, blocks[0], not packed), backward.tables_of(*given, blocks[1])
+
+    starts = unit_starts(layout, num_units, 0, doc_start)
+    known, computed = tables(starts), jax.jit(tables)(jax.tree.map(jnp.asarray, starts))
+    for mine, theirs in zip(jax.tree.leaves(known), jax.tree.leaves(computed), strict=True):
+        assert isinstance(mine, np.ndarray)
+        np.testing.assert_array_equal(mine, theirs)
 
 
 @pytest.mark.parametrize(("runs", "total"), [(16, 517), (16, 16), (7, 100), (1, 5)])

@@ -31,7 +31,7 @@ Array = jax.Array | np.ndarray
 Int = int | Array
 
 
-def _namespace(*arrays: Any):
+def namespace(*arrays: Any):
     """`jax.numpy` if any argument is a JAX array or tracer, else `numpy`."""
     return jnp if any(isinstance(a, jax.Array) for a in arrays) else np
 
@@ -141,7 +141,7 @@ def segment_positions(layout: GistLayout, num_units: int, first_unit: Int = 0, d
       doc_start: int32 [..., U], first unit of the document of each of the segment's units; positions restart at `s`
         there. None: one document that begins at unit 0.
     """
-    xp = _namespace(first_unit, doc_start)
+    xp = namespace(first_unit, doc_start)
     r, s = layout.ratio, layout.num_sinks
     unit = xp.asarray(first_unit, dtype=np.int32)[..., None] + xp.arange(num_units, dtype=np.int32)
     if doc_start is not None:
@@ -163,7 +163,7 @@ def document_starts(document_ids: Array) -> Array:
     Returns:
       `doc_start`, int32 [..., U].
     """
-    xp = _namespace(document_ids)
+    xp = namespace(document_ids)
     index = xp.arange(document_ids.shape[-1], dtype=np.int32)
     changed = document_ids[..., 1:] != document_ids[..., :-1]
     first = xp.ones((*document_ids.shape[:-1], min(1, document_ids.shape[-1])), dtype=bool)
@@ -175,7 +175,7 @@ def document_starts(document_ids: Array) -> Array:
 
 def refined_starts(doc_start: Array, factor: int) -> Array:
     """`doc_start` [..., U] of rows packed in units `factor` times as long, for the short units: [..., U * factor]."""
-    xp = _namespace(doc_start)
+    xp = namespace(doc_start)
     return doc_start if factor == 1 else xp.repeat(doc_start * np.int32(factor), factor, axis=-1)
 
 
@@ -199,7 +199,7 @@ def unit_starts(
       raw_start: int32 [..., U] to replace the sliding window or the chunks by another first visible raw unit; still cut
         at the document's start.
     """
-    xp = _namespace(first_unit, doc_start, raw_start)
+    xp = namespace(first_unit, doc_start, raw_start)
     unit = xp.asarray(first_unit, dtype=np.int32)[..., None] + xp.arange(num_units, dtype=np.int32)
     begin = xp.zeros_like(unit) if doc_start is None else xp.asarray(doc_start, dtype=np.int32)
     if raw_start is not None:
@@ -217,7 +217,7 @@ def segment_ranges(layout: GistLayout, num_units: int, first_unit: Int, starts: 
     raw i of unit u:  gists [gist_start[u], u)      raws [raw_start[u] * r, i + 1)
     gist u:           gists [gist_start[u], u + 1)  raws [raw_start[u] * r, (u + 1) * r)
     """
-    xp = _namespace(first_unit, *starts)
+    xp = namespace(first_unit, *starts)
     r = layout.ratio
     unit = xp.asarray(first_unit, dtype=np.int32)[..., None] + xp.arange(num_units, dtype=np.int32)
 
@@ -247,7 +247,7 @@ def assemble_segment(raws: Array, gists: Array, layout: GistLayout, axis: int = 
         raise ValueError(
             f"{raws.shape[axis]} raws make {num_units} units at ratio={layout.ratio}, but {gists.shape[axis]} gists"
         )
-    return _namespace(raws, gists).concatenate([raws, gists], axis=axis)
+    return namespace(raws, gists).concatenate([raws, gists], axis=axis)
 
 
 def split_segment(segment: Array, layout: GistLayout, axis: int = -2) -> tuple[Array, Array]:

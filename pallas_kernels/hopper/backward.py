@@ -54,12 +54,12 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Float, Int32
 
 from pallas_kernels.hopper.blocks import BackwardBlocks
 from pallas_kernels.hopper.plan import RowIntervals, Segment, backward_tables
 from pallas_kernels.ranges import RowRanges
-from unigist_jax.layout import GistLayout
+from unigist_jax.layout import Array, GistLayout, namespace
 
 KEYS = 128  # keys of a block, 64 a warpgroup
 MASKED = -1e9
@@ -138,15 +138,45 @@ class Grid(NamedTuple):
         return source, key_tile - before
 
 
+class BackwardTables(NamedTuple):
+    """What the kernel reads of positions: each row's range of keys in each source, and `backward_tables`."""
+
+    ranges: Int32[Array, "S 3 2 P"]
+    walks: Int32[Array, "S K 6"]
+    tiles: Int32[Array, "S 3 M 4"]
+
+
+def query_tile(dim: int) -> int:
+    """Rows of a query tile for a head dim."""
+    return 64 if dim == 128 else 128
+
+
+def cut_of(kv, num_tiles: int, blocks: BackwardBlocks) -> tuple[tuple[int, int, int], int, int]:
+    """Key tiles of each source, into how many pieces walks over `num_tiles` query tiles are cut, and of how many."""
+    key_tiles = tuple(-(-x.shape[-3] // KEYS) for x in (kv.sink_k, kv.gist_k, kv.raw_k))
+    pieces = -(-num_tiles // blocks.walk) if blocks.walk else 1
+    return key_tiles, pieces, key_tiles[SINKS] + (0 if blocks.sinks_alone else key_tiles[GISTS])
+
+
+def tables_of(
+    q, kv, layout: GistLayout, segment: Segment, intervals: RowIntervals, blocks: BackwardBlocks
+) -> BackwardTables:
+    """The tables for padded queries q, a `GistKV` and what each row sees."""
+    xp, tile_rows = namespace(*intervals), query_tile(q.shape[-1])
+    key_tiles, pieces, num_cut = cut_of(kv, segment.rows // tile_rows, blocks)
+    none = xp.zeros_like(intervals.gist_lo)
+    ranges = [RowRanges(none, none + layout.num_sinks), RowRanges(*intervals[:2]), RowRanges(*intervals[2:])]
+    walks, tiles = backward_tables(segment, ranges, key_tiles, tile_rows, KEYS, pieces, num_cut)
+    return BackwardTables(xp.stack([xp.stack(x, axis=1) for x in ranges], axis=1), walks, tiles)
+
+
 def gist_attention_backward(
     q: Float[Array, "B P Hq D"],
     kv,
     out: Float[Array, "B P Hq D"],
     lse: Float[Array, "B Hq P"],
     d_out: Float[Array, "B P Hq D"],
-    layout: GistLayout,
-    segment: Segment,
-    intervals: RowIntervals,
+    tables: BackwardTables,
     blocks: BackwardBlocks,
 ):
     """Gradients of q and of every part of kv, in their dtypes.
@@ -154,28 +184,22 @@ def gist_attention_backward(
     Args:
       q, out, lse, d_out: padded rows; `lse` (base 2) must be so high in rows of padding that their weights vanish.
       kv: a `GistKV`; the sinks' gradients sum over the batch.
-      intervals: what each row sees.
+      tables: `tables_of` the same arguments.
     """
     batch, num_rows, num_heads, dim = q.shape
     num_kv_heads = kv.gist_k.shape[2]
-    tile_rows, ds_slots = (64, 3) if dim == 128 else (128, 2)
+    tile_rows, ds_slots = query_tile(dim), 3 if dim == 128 else 2
     num_tiles, group = num_rows // tile_rows, num_heads // num_kv_heads
     stages, ordered = blocks.stages, blocks.deterministic
     dtype = q.dtype
     scale = dim**-0.5 * math.log2(math.e)
-    per_batch = intervals.gist_lo.shape[0] > 1
-    sinks = (kv.sink_k, kv.sink_v) if layout.num_sinks else ()
-    key_tiles = tuple(-(-x.shape[-3] // KEYS) for x in (kv.sink_k, kv.gist_k, kv.raw_k))
+    per_batch = len(tables.ranges) > 1
+    sinks = (kv.sink_k, kv.sink_v) if kv.sink_k.shape[0] else ()
     interleaved = max(n for n in range(1, blocks.heads + 1) if num_heads % n == 0)
-    cut_tiles = key_tiles[SINKS] + (0 if blocks.sinks_alone else key_tiles[GISTS])
-    pieces = -(-num_tiles // blocks.walk) if blocks.walk else 1
-    shared_walks = cut_tiles * (pieces - 1) + key_tiles[SINKS] + key_tiles[GISTS]
+    key_tiles, pieces, _ = cut_of(kv, num_tiles, blocks)
+    shared_walks = tables.walks.shape[1] - key_tiles[RAWS]
     grid = Grid(batch, num_heads, num_kv_heads, key_tiles, shared_walks, interleaved)
 
-    none = jnp.zeros_like(intervals.gist_lo)
-    ranges = [RowRanges(none, none + layout.num_sinks), RowRanges(*intervals[:2]), RowRanges(*intervals[2:])]
-    walk_table, tile_table = backward_tables(segment, ranges, key_tiles, tile_rows, KEYS, pieces, cut_tiles)
-    ranges = jnp.stack([jnp.stack(x, axis=1) for x in ranges], axis=1)  # [S, 3, 2, P]
     delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1)
     # XLA would write the sums transposed, row by row, several times slower
     delta = lax.optimization_barrier(delta).swapaxes(1, 2)
@@ -449,7 +473,7 @@ def gist_attention_backward(
         kernel_name="gist_attention_backward",
     )
     keys = kv.gist_k, kv.gist_v, kv.raw_k, kv.raw_v, *sinks
-    inputs = q, d_out, lse, delta, *keys, ranges, tile_table.reshape(-1), walk_table.reshape(-1)
+    inputs = q, d_out, lse, delta, *keys, tables.ranges, tables.tiles.reshape(-1), tables.walks.reshape(-1)
     if ordered:
         d_q, *d_shared, d_raw_k, d_raw_v = run(*inputs)
     else:

@@ -41,11 +41,11 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Float, Int32
 
 from pallas_kernels.hopper.blocks import ForwardBlocks
 from pallas_kernels.hopper.plan import RowIntervals, Segment, forward_table
-from unigist_jax.layout import GistLayout
+from unigist_jax.layout import Array, GistLayout
 
 ROWS = 64  # query rows of a warpgroup
 MASKED = -1e9
@@ -160,14 +160,21 @@ def heads_per_block(num_heads: int, num_kv_heads: int) -> int:
     return 2 if (num_heads // num_kv_heads) % 2 == 0 else 1
 
 
+def forward_tables(
+    q, kv, layout: GistLayout, segment: Segment, intervals: RowIntervals, blocks: ForwardBlocks, regular: bool
+) -> Int32[Array, "S M 16"]:
+    """The `forward_table` of the kernel's tiles; regular: no packed documents."""
+    pair = heads_per_block(q.shape[2], kv.gist_k.shape[2])
+    return forward_table(layout, segment, intervals, ROWS * 2 // pair, blocks.keys, regular)
+
+
 def gist_attention_forward(
     q: Float[Array, "B P Hq D"],
     kv,
     layout: GistLayout,
-    segment: Segment,
     intervals: RowIntervals,
+    table: Int32[Array, "S M 16"],
     blocks: ForwardBlocks,
-    regular: bool,
 ) -> tuple[Float[Array, "B P Hq D"], Float[Array, "B Hq P"]]:
     """Output and base-2 log-sum-exp of every padded row (rows of padding hold finite nonsense).
 
@@ -175,7 +182,7 @@ def gist_attention_forward(
       q: queries, padded as `segment.pad` pads them, bf16 or fp16; D is 64 or 128.
       kv: a `GistKV` of the same dtype.
       intervals: what each row sees.
-      regular: no packed documents (see `forward_table`).
+      table: `forward_tables` of the same arguments.
     """
     batch, num_rows, num_heads, dim = q.shape
     num_kv_heads = kv.gist_k.shape[2]
@@ -183,7 +190,6 @@ def gist_attention_forward(
     tile_rows = ROWS * 2 // pair
     keys, stages = blocks.keys, blocks.stages
     num_sinks = layout.num_sinks
-    table = forward_table(layout, segment, intervals, tile_rows, keys, regular)
     num_tiles, per_kv = num_rows // tile_rows, num_heads // num_kv_heads // pair
     scale = dim**-0.5 * math.log2(math.e)
     sinks = (kv.sink_k, kv.sink_v) if num_sinks else ()

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_kernels.backends import refusal_of
-from pallas_kernels.hopper.backward import gist_attention_backward
+from pallas_kernels.hopper.backward import gist_attention_backward, tables_of
 from pallas_kernels.hopper.blocks import BackwardBlocks, ForwardBlocks, backward_blocks, forward_blocks
-from pallas_kernels.hopper.forward import gist_attention_forward
+from pallas_kernels.hopper.forward import forward_tables, gist_attention_forward
 from pallas_kernels.hopper.plan import log_sum_exp_of_rows, row_intervals, segment_of
 from pallas_kernels.pairing import paired
 from unigist_jax.layout import GistLayout, UnitStarts
@@ -56,8 +57,13 @@ def attend(
         blocks = forward_blocks(*key), backward_blocks(*key, documents=not regular)
     blocks = blocks[0], blocks[1]._replace(deterministic=deterministic)
     kv = type(kv)(*(pad_keys(x) for x in kv))
-    intervals = row_intervals(layout, segment, first_unit, first_raw_unit, starts)
-    return segment.unpad(_attend((layout, blocks, segment, regular), segment.pad(q), kv, intervals))
+    positions = first_unit, first_raw_unit, starts
+    if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(positions)):
+        positions = jax.tree.map(np.asarray, positions)  # the tables are computed now, and are constants of the program
+    intervals, q = row_intervals(layout, segment, *positions), segment.pad(q)
+    forward = intervals, forward_tables(q, kv, layout, segment, intervals, blocks[0], regular)
+    backward = tables_of(q, kv, layout, segment, intervals, blocks[1])
+    return segment.unpad(_attend((layout, blocks, segment), q, kv, forward, backward))
 
 
 def pad_keys(x: Float[Array, "*B N Hkv D"]) -> Array:
@@ -67,13 +73,12 @@ def pad_keys(x: Float[Array, "*B N Hkv D"]) -> Array:
     return jnp.pad(x, widths) if widths[-3][1] else x
 
 
-def _forward(layout, blocks, segment, regular, q, kv, intervals):
-    return gist_attention_forward(q, kv, layout, segment, intervals, blocks[0], regular)
+def _forward(layout, blocks, segment, q, kv, tables, _):
+    return gist_attention_forward(q, kv, layout, *tables, blocks[0])
 
 
-def _backward(layout, blocks, segment, regular, q, kv, intervals, out, lse, d_out):
-    lse = log_sum_exp_of_rows(segment, lse)
-    return gist_attention_backward(q, kv, out, lse, d_out, layout, segment, intervals, blocks[1])
+def _backward(layout, blocks, segment, q, kv, _, tables, out, lse, d_out):
+    return gist_attention_backward(q, kv, out, log_sum_exp_of_rows(segment, lse), d_out, tables, blocks[1])
 
 
 _attend = paired(_forward, _backward)

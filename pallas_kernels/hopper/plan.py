@@ -14,7 +14,8 @@ In each source every row sees one interval `[lo, hi)` (see `pallas_kernels.range
                    │  └ full_first  │  └ last
                    └ first          └ full_last
 
-The tables hold O(T / tile) integers; nothing here has both a query and a key axis.
+The tables hold O(T / tile) integers; nothing here has both a query and a key axis. Of NumPy arrays NumPy
+arrays are made: tables of positions that are known when a program is traced are constants in it.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Float, Int32
 
 from pallas_kernels.ranges import RowRanges, source_ranges
-from unigist_jax.layout import GistLayout, UnitStarts
+from unigist_jax.layout import Array, GistLayout, Int, UnitStarts, namespace
 
 TILE_MULTIPLE = 128
 FAR = np.int32(2**30)
@@ -53,15 +54,16 @@ class Segment(NamedTuple):
         """`[raws | gists]` along `axis` with each part padded by zeros; x itself where nothing is to pad."""
         if x.shape[axis] == self.rows:
             return x
-        parts = jnp.split(x, [self.num_raws], axis=axis)
+        xp = namespace(x)
+        parts = xp.split(x, [self.num_raws], axis=axis)
         widths = self.raw_rows, self.rows - self.raw_rows
 
         def to(part, width):
             pads = [(0, 0)] * part.ndim
             pads[axis] = (0, width - part.shape[axis])
-            return jnp.pad(part, pads)
+            return xp.pad(part, pads)
 
-        return jnp.concatenate([to(p, w) for p, w in zip(parts, widths, strict=True)], axis=axis)
+        return xp.concatenate([to(p, w) for p, w in zip(parts, widths, strict=True)], axis=axis)
 
     def unpad(self, x: Array, axis: int = 1) -> Array:
         """The inverse of `pad`."""
@@ -99,14 +101,14 @@ def segment_of(layout: GistLayout, num_positions: int) -> Segment:
 def row_intervals(
     layout: GistLayout,
     segment: Segment,
-    first_unit: int | jax.Array,
-    first_raw_unit: int | jax.Array,
+    first_unit: Int,
+    first_raw_unit: Int,
     starts: UnitStarts,
 ) -> RowIntervals:
     """The intervals of every padded row, from the closed forms that all backends share."""
     ranges = source_ranges(layout, segment.num_gists, layout.num_sinks, first_unit, first_raw_unit, starts)
-    rows = jnp.broadcast_arrays(*(x.astype(jnp.int32) for x in (*ranges.gists, *ranges.raws)))
-    return RowIntervals(*(segment.pad(x) for x in rows))
+    rows = [x.astype(np.int32) for x in (*ranges.gists, *ranges.raws)]
+    return RowIntervals(*(segment.pad(x) for x in namespace(*rows).broadcast_arrays(*rows)))
 
 
 def _valid_rows(segment: Segment) -> np.ndarray:
@@ -117,18 +119,20 @@ def _valid_rows(segment: Segment) -> np.ndarray:
 def tile_bounds(segment: Segment, rows: RowRanges, tile: int, keys: int) -> TileBounds:
     """Bounds of each tile of `tile` query rows in a source cut into tiles of `keys` keys."""
 
+    xp = namespace(*rows)
+
     def per_tile(x, reduce):
         return reduce(x.reshape(x.shape[0], -1, tile), axis=-1)
 
     valid = _valid_rows(segment)
     seen = (rows.lo < rows.hi) & valid
-    last_key = per_tile(jnp.where(seen, rows.hi, 0), jnp.max)
-    first_key = jnp.minimum(per_tile(jnp.where(seen, rows.lo, FAR), jnp.min), last_key)
+    last_key = per_tile(xp.where(seen, rows.hi, 0), xp.max)
+    first_key = xp.minimum(per_tile(xp.where(seen, rows.lo, FAR), xp.min), last_key)
     first, last = first_key // keys, -(-last_key // keys)
-    full_first = -(-per_tile(jnp.where(valid, rows.lo, 0), jnp.max) // keys)
-    full_last = per_tile(jnp.where(valid, rows.hi, FAR), jnp.min) // keys
-    full_first = jnp.clip(full_first, first, last)
-    return TileBounds(first, full_first, jnp.clip(full_last, full_first, last), last)
+    full_first = -(-per_tile(xp.where(valid, rows.lo, 0), xp.max) // keys)
+    full_last = per_tile(xp.where(valid, rows.hi, FAR), xp.min) // keys
+    full_first = xp.clip(full_first, first, last)
+    return TileBounds(first, full_first, xp.clip(full_last, full_first, last), last)
 
 
 def heavy_first(layout: GistLayout, segment: Segment, tile: int) -> np.ndarray:
@@ -153,25 +157,28 @@ def forward_table(
     raws = tile_bounds(segment, RowRanges(intervals.raw_lo, intervals.raw_hi), tile, keys)
     padding = (gists.first == gists.last) & (raws.first == raws.last)
     raws = raws._replace(last=raws.last + padding)
-    order = jnp.broadcast_to(heavy_first(layout, segment, tile), gists.first.shape)
+    xp = namespace(*gists)
+    order = xp.broadcast_to(heavy_first(layout, segment, tile), gists.first.shape)
     if not regular:
-        order = jnp.argsort(-(gists.last - gists.first + raws.last - raws.first), axis=1).astype(jnp.int32)
-    columns = [order, *(jnp.take_along_axis(x, order, axis=1) for x in (*gists, *raws))]
-    columns += [jnp.zeros_like(order)] * (16 - len(columns))
-    return jnp.stack(columns, axis=-1)
+        order = xp.argsort(-(gists.last - gists.first + raws.last - raws.first), axis=1, stable=True).astype(np.int32)
+    columns = [order, *(xp.take_along_axis(x, order, axis=1) for x in (*gists, *raws))]
+    columns += [xp.zeros_like(order)] * (16 - len(columns))
+    return xp.stack(columns, axis=-1)
 
 
-def _monotone(segment: Segment, bounds: TileBounds, tile: int) -> tuple[jax.Array, jax.Array]:
+def _monotone(segment: Segment, bounds: TileBounds, tile: int) -> tuple[Array, Array]:
     """`first` and `last` of each query tile, widened so that neither falls along the raws nor along the gists."""
-    split = segment.raw_rows // tile
+    split, xp = segment.raw_rows // tile, namespace(*bounds)
 
     def part(at):
         first, last = bounds.first[:, at], bounds.last[:, at]
-        begin = jax.lax.cummin(jnp.where(first < last, first, FAR), axis=1, reverse=True)
-        return begin, jax.lax.cummax(last, axis=1)
+        begin = xp.where(first < last, first, FAR)
+        if xp is np:
+            return np.minimum.accumulate(begin[:, ::-1], axis=1)[:, ::-1], np.maximum.accumulate(last, axis=1)
+        return jax.lax.cummin(begin, axis=1, reverse=True), jax.lax.cummax(last, axis=1)
 
     parts = zip(part(slice(None, split)), part(slice(split, None)), strict=True)
-    return tuple(jnp.concatenate(pair, axis=1) for pair in parts)
+    return tuple(xp.concatenate(pair, axis=1) for pair in parts)
 
 
 def visitors(segment: Segment, bounds: TileBounds, num_key_tiles: int, tile: int) -> Int32[Array, "S N 4"]:
@@ -179,12 +186,15 @@ def visitors(segment: Segment, bounds: TileBounds, num_key_tiles: int, tile: int
 
     Each is one range; a query tile inside it that sees none of the keys finds all of them masked.
     """
-    split = segment.raw_rows // tile
+    split, xp = segment.raw_rows // tile, namespace(*bounds)
     begin, reach = _monotone(segment, bounds, tile)
 
     def count(values):
-        """How many of `values` are at most n, for each key tile n. (A binary search would be a loop on the host.)"""
-        bins = jnp.clip(values, 0, num_key_tiles)
+        """How many of `values` are at most n, for each key tile n."""
+        if xp is np:
+            counts = [np.searchsorted(x, np.arange(num_key_tiles), side="right") for x in values]
+            return np.stack(counts).astype(np.int32)
+        bins = jnp.clip(values, 0, num_key_tiles)  # a binary search would be a loop on the host
         counts = jnp.zeros((len(values), num_key_tiles + 1), jnp.int32)
         counts = counts.at[jnp.arange(len(values))[:, None], bins].add(1)
         return jnp.cumsum(counts, axis=1)[:, :num_key_tiles]
@@ -192,8 +202,8 @@ def visitors(segment: Segment, bounds: TileBounds, num_key_tiles: int, tile: int
     columns = []
     for at, base in ((slice(None, split), 0), (slice(split, None), split)):
         start, stop = count(reach[:, at]), count(begin[:, at])
-        columns += [base + start, base + jnp.maximum(start, stop)]
-    return jnp.stack(columns, axis=-1)
+        columns += [base + start, base + xp.maximum(start, stop)]
+    return xp.stack(columns, axis=-1)
 
 
 def walk_lines(
@@ -206,18 +216,22 @@ def walk_lines(
     A turn counts the pieces of the key tile before this one that visit anything; one that visits nothing has -1, unless
     no piece of its key tile does: then one has turn 0, to write zeros.
     """
+    xp = namespace(walks)
     parts = np.arange(pieces)[::-1, None, None] + np.array([0, 1])
     split, num_tiles = segment.raw_rows // tile, segment.rows // tile
     edges = np.concatenate([split * parts // pieces, split + (num_tiles - split) * parts // pieces], axis=-1)
-    cut = jnp.clip(walks[:, None, :num_cut], edges[..., [0, 0, 2, 2]], edges[..., [1, 1, 3, 3]])  # [S, pieces, cut, 4]
+    cut = xp.clip(walks[:, None, :num_cut], edges[..., [0, 0, 2, 2]], edges[..., [1, 1, 3, 3]])  # [S, pieces, cut, 4]
     busy = (cut[..., 0] < cut[..., 1]) | (cut[..., 2] < cut[..., 3])
-    busy = busy.at[:, 0].max(~busy.any(1))
-    turns = jnp.where(busy, jnp.cumsum(busy, axis=1) - busy, -1)
-    keys = np.broadcast_to(np.arange(num_cut), turns.shape)
-    lines = jnp.concatenate([keys[..., None], cut, turns[..., None]], axis=-1).reshape(len(walks), -1, 6)
-    whole = jnp.pad(walks[:, num_cut:], ((0, 0), (0, 0), (1, 1)))
-    whole = whole.at[..., 0].set(np.arange(num_cut, walks.shape[1]))
-    return jnp.concatenate([lines, whole], axis=1).astype(jnp.int32)
+    busy |= ~busy.any(1, keepdims=True) & (np.arange(pieces) == 0)[:, None]
+    turns = xp.where(busy, xp.cumsum(busy, axis=1) - busy, -1)
+
+    def lines(key_tiles, walks, turns):
+        columns = key_tiles[..., None], walks, turns[..., None]
+        return xp.concatenate(columns, axis=-1).astype(np.int32).reshape(len(walks), -1, 6)
+
+    whole = np.broadcast_to(np.arange(num_cut, walks.shape[1]), (len(walks), walks.shape[1] - num_cut))
+    pieces_first = lines(np.broadcast_to(np.arange(num_cut), turns.shape), cut, turns)
+    return xp.concatenate([pieces_first, lines(whole, walks[:, num_cut:], np.zeros_like(whole))], axis=1)
 
 
 def backward_tables(
@@ -244,11 +258,11 @@ def backward_tables(
         bounds = tile_bounds(segment, rows, tile, keys)
         begin, reach = _monotone(segment, bounds, tile)
         walks.append(visitors(segment, bounds, count, tile))
-        zeros = jnp.zeros_like(begin)
-        tiles.append(jnp.stack([earlier - begin, bounds.full_first, bounds.full_last, zeros], axis=-1))
-        earlier += jnp.maximum(reach - begin, 0)
-    walks = jnp.concatenate(walks, axis=1)
-    return walk_lines(segment, walks, tile, pieces, num_cut), jnp.stack(tiles, axis=1)
+        xp = namespace(begin)
+        tiles.append(xp.stack([earlier - begin, bounds.full_first, bounds.full_last, xp.zeros_like(begin)], axis=-1))
+        earlier = earlier + xp.maximum(reach - begin, 0)
+    walks = xp.concatenate(walks, axis=1)
+    return walk_lines(segment, walks, tile, pieces, num_cut), xp.stack(tiles, axis=1)
 
 
 def log_sum_exp_of_rows(segment: Segment, lse: Float[Array, "B Hq P"]) -> Float[Array, "B Hq P"]:
