@@ -137,6 +137,9 @@ def test_tables_of_known_positions_are_constants_that_equal_those_of_a_program(p
 
     starts = unit_starts(layout, num_units, 0, doc_start)
     known, computed = tables(starts), jax.jit(tables)(jax.tree.map(jnp.asarray, starts))
+    idle = (np.asarray(computed[2].walks)[..., 5] < 0).all(0)  # pieces without a turn: known ones have no line
+    computed = (*computed[:2], computed[2]._replace(walks=np.asarray(computed[2].walks)[:, ~idle]))
+    assert idle.any()
     for mine, theirs in zip(jax.tree.leaves(known), jax.tree.leaves(computed), strict=True):
         assert isinstance(mine, np.ndarray)
         np.testing.assert_array_equal(mine, theirs)

@@ -214,7 +214,7 @@ def walk_lines(
     The walks of the first `num_cut` key tiles are cut at the ends of `pieces` equal parts of the raws and of the gists.
     Lines go piece by piece, the last part of the row first, and within a piece by key tile; then come the whole walks.
     A turn counts the pieces of the key tile before this one that visit anything; one that visits nothing has -1, unless
-    no piece of its key tile does: then one has turn 0, to write zeros.
+    no piece of its key tile does: then one has turn 0, to write zeros. Known lines without a turn are left out.
     """
     xp = namespace(walks)
     parts = np.arange(pieces)[::-1, None, None] + np.array([0, 1])
@@ -231,6 +231,8 @@ def walk_lines(
 
     whole = np.broadcast_to(np.arange(num_cut, walks.shape[1]), (len(walks), walks.shape[1] - num_cut))
     pieces_first = lines(np.broadcast_to(np.arange(num_cut), turns.shape), cut, turns)
+    if xp is np:
+        pieces_first = pieces_first[:, (pieces_first[..., 5] >= 0).any(0)]
     return xp.concatenate([pieces_first, lines(whole, walks[:, num_cut:], np.zeros_like(whole))], axis=1)
 
 
