@@ -43,7 +43,6 @@ BACKWARD: tuple[tuple[int, tuple[int, ...] | None, int, BackwardBlocks], ...] = 
     (128, None, 0, BackwardBlocks()),
     (128, (2, 4), 24576, BackwardBlocks(heads=4)),
     (128, (2, 4), 49152, BackwardBlocks(heads=2)),
-    (128, (2, 4), 98304, BackwardBlocks(heads=2, walk=256)),
     (128, (8, 16, 32), 0, BackwardBlocks(heads=4)),
     (128, (8, 16, 32), 24576, BackwardBlocks(heads=2)),
     (128, (8,), 49152, BackwardBlocks(heads=1)),
