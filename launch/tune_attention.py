@@ -48,7 +48,7 @@ TRITON = {
 # fields of ForwardBlocks and BackwardBlocks
 HOPPER = {
     "forward": tuple({"items": items} for items in (1, 2, 4, 8)),
-    "backward": tuple({"heads": heads} for heads in (1, 2, 4, 8, 16, 32)),
+    "backward": tuple({"heads": heads, "walk": walk} for heads in (1, 2, 4, 8) for walk in (0, 256, 640, 1280)),
 }
 
 
