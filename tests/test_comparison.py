@@ -1,11 +1,13 @@
 """The comparison: what it collects from the files of trainings and evaluations, and its configs."""
 
+import dataclasses
 import importlib
 import json
 from pathlib import Path
 
 import pytest
 
+from unigist_jax.config import RunConfig
 from unigist_jax.evals import comparison, plots
 from unigist_jax.sweeps.spec import read_sweep, resolve
 
@@ -19,12 +21,25 @@ def test_methods_differ_in_nothing_else(config, sweep):
     """All runs have the same model, data, optimizer and budget but for what the method is."""
     base = importlib.import_module(f"configs.comparison.{config}").get_config()
     runs = {run.name: resolve(base, run) for run in read_sweep(FOLDER / f"{sweep}.py")}
-    assert list(runs) == ["full", "unigist,r=4", "unigist,r=8", "activation_beacon", "autocompressors"]
+    names = ["full", "unigist,r=4", "unigist,r=8", "activation_beacon", "autocompressors"]
+    seeds = ["", ",seed=1"] if config == "llama_8m" else [""]
+    assert list(runs) == [name + seed for seed in seeds for name in names]
     full = runs["full"]
-    for run in runs.values():
-        assert (run.data, run.optim, run.train) == (full.data, full.optim, full.train)
+    for name, run in runs.items():
+        assert run.train.seed == name.endswith(",seed=1")
+        same = dataclasses.replace(run.train, seed=full.train.seed)
+        assert (run.data, run.optim, same) == (full.data, full.optim, full.train)
         assert run.to_dict()["model"] | {"attention": "full"} == full.to_dict()["model"]
     assert runs["autocompressors"].gist.num_sinks * 4 == runs["activation_beacon"].gist.chunk
+
+
+def test_the_base_reads_rows_of_every_length_in_steps_of_as_many_tokens():
+    from configs.comparison import base_8m
+
+    for length, steps in base_8m.STEPS.items():
+        run = RunConfig.from_dict(base_8m.get_config(str(length)).to_dict())
+        assert run.model.attention == "full" and run.data.row_length == length and run.train.steps == steps
+        assert run.train.batch_size * length == base_8m.TOKENS
 
 
 def write(path, value):

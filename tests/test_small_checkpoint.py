@@ -11,7 +11,7 @@ from unigist_jax.inference import for_inference, generate, prefill
 
 CHECKPOINT = ROOT / "checkpoints" / "unigist-8m-r4"
 FACT = re.compile(r"(ancient-raven is: )\d+")
-QUESTION = "\nThe special magic number for ancient-raven mentioned in the provided text is:"
+QUESTION = NEEDLE_QUESTION.format(value_noun="number", key="ancient-raven")
 
 
 @pytest.fixture(scope="module")

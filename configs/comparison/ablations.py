@@ -1,9 +1,9 @@
 """UniGist's ablations at the comparison's scale: sinks 0 / 16 / 128, window 0 / 32 / 128 / 512 (ratio 4).
 
 python -m launch.sweep --config=configs/comparison/llama_8m.py --sweep=configs/comparison/ablations.py \
-    --train_flag=--init_from=runs/base_8m/plain
+    --train_flag=--init_from=runs/base_8m/1024/plain
 
-Each varies one of the comparison's 16 sinks and window of 32, for fewer steps than the comparison.
+Each varies one of the comparison's 16 sinks and window of 32.
 """
 
 STEPS = 5000

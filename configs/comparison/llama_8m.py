@@ -1,11 +1,11 @@
-"""The comparison at 8M parameters, for one to three minutes of one GPU a run: `llama_100m.py`, smaller and shorter.
+"""The comparison at 8M parameters, for about a minute of one GPU a run: `llama_100m.py`, smaller and shorter.
 
 python -m launch.sweep --config=configs/comparison/llama_8m.py --sweep=configs/comparison/methods_8m.py \
-    --train_flag=--init_from=runs/base_8m/plain
+    --train_flag=--init_from=runs/base_8m/1024/plain
 
-Every method begins with the model of `base_8m.py`. Rows of 1,024 tokens, 197M tokens a method: small models learn
+Every method begins with the model of `base_8m.py`. Rows of 1,024 tokens, 82M tokens a method: small models learn
 recall by steps rather than by tokens, hence many small batches, nine rows of ten for recall, and answers of three
-digits. Two fifths of those are facts among facts, which are learned last. One H100: 2.4M tokens/s (full), 1.9M
+digits. Two fifths of those are facts among facts. One H100: 2.4M tokens/s (full), 1.9M
 (UniGist r=4 and Activation Beacon), 1.3M (AutoCompressors). Making the rows takes a CPU core two minutes first.
 """
 
@@ -19,6 +19,6 @@ def get_config():
     config.gist.update(num_sinks=16, window=32)
     config.data.update(vocab_size=2560, row_length=1024, recall_weight=0.9, recall_records=98304, recall_digits=3)
     config.data.recall_kinds = "repeats,pairs,multi_key,needle,multi_key"
-    config.optim.update(peak_lr=1.5e-3, warmup_steps=200)
-    config.train.update(steps=12000, batch_size=16, eval_every=3000, checkpoint_every=12000)
+    config.optim.update(peak_lr=1e-3, warmup_steps=200)
+    config.train.update(steps=5000, batch_size=16, eval_every=3000, checkpoint_every=5000)
     return config

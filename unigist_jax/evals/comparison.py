@@ -76,9 +76,9 @@ def rows_of_run(name: str, workdir: Path, evaluation: Path) -> list[dict[str, An
 
 
 def by_method(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """The rows of each method, one a seed, in the order in which methods come."""
+    """The rows of each method, one a seed; trained methods first, else in the order in which they come."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: not row["trained"]):
         groups.setdefault(without_seed(row["method"]), []).append(row)
     return groups
 
@@ -128,5 +128,6 @@ def write(rows: Sequence[Mapping[str, Any]], chunk_size: int, directory: Path) -
     curves = {name: row["curve"] for name, row in means.items() if "curve" in row}
     plots.plot_by_position(curves, chunk_size, directory / "perplexity_by_position.png")
     by_depth = {name: row["by_depth"] for name, row in means.items()}
-    plots.plot_recall_by_distance(by_depth, directory / "recall_by_distance.png")
+    trained = {name for name, row in means.items() if row["trained"]}
+    plots.plot_recall_by_distance(by_depth, trained, directory / "recall_by_distance.png")
     return table

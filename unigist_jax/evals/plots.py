@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,16 +56,22 @@ def plot_training(metrics: Mapping[str, Sequence[Mapping[str, Any]]], path: Path
 
 
 def plot_by_position(curves: Mapping[str, Mapping[str, Any]], chunk_size: int | None, path: Path) -> None:
-    """Perplexity by position, one curve a name (`perplexity.bucketed`), with chunk borders marked."""
+    """Perplexity by position, one curve a name (`perplexity.bucketed`), with chunk borders marked.
+
+    The scale is that of all but the first twentieth of the positions: a document begins far above the rest.
+    """
     figure, axes = _figure("Held-out perplexity by position", "position in the document (tokens)", "perplexity")
-    last = 0.0
+    last = max(max(curve["position"]) for curve in curves.values())
+    top = 0.0
     for name, curve in curves.items():
         axes.plot(curve["position"], curve["perplexity"], label=name, linewidth=1.2)
-        last = max(last, *curve["position"])
+        points = zip(curve["position"], curve["perplexity"], strict=True)
+        top = max(top, *(value for position, value in points if position >= last / 20))
     if chunk_size:
         for index, border in enumerate(range(chunk_size, int(last) + 1, chunk_size)):
             axes.axvline(border, color="gray", linestyle=":", linewidth=0.8, label="" if index else "chunk border")
     axes.set_yscale("log")
+    axes.set_ylim(top=1.2 * top)
     axes.legend()
     figure.savefig(path)
 
@@ -83,8 +89,11 @@ def plot_recall(summaries: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     figure.savefig(path)
 
 
-def plot_recall_by_distance(curves: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]], path: Path) -> None:
-    """Share of answer tokens right by distance from the fact to the question: a panel a task, a curve a method."""
+def plot_recall_by_distance(
+    curves: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]], trained: Collection[str], path: Path
+) -> None:
+    """Share of answer tokens right by distance from the fact to the question: a panel a task, a curve a method, solid
+    for those in `trained`."""
     from matplotlib.figure import Figure
 
     tasks = list(dict.fromkeys(task for by_task in curves.values() for task in by_task))
@@ -94,7 +103,7 @@ def plot_recall_by_distance(curves: Mapping[str, Mapping[str, Sequence[Mapping[s
         for index, (name, by_task) in enumerate(curves.items()):
             buckets = [bucket for bucket in by_task[task] if bucket["samples"]]
             points = sorted((bucket["distance"], bucket["token_accuracy"]) for bucket in buckets)
-            style = "o-" if index < 5 else "x--"
+            style = "o-" if name in trained else "x--"
             axes.plot(*zip(*points, strict=True), style, color=f"C{index % 10}", label=name, linewidth=1.2)
         axes.set(title=task, xlabel="tokens from the fact to the answer", ylim=(-0.03, 1.03))
         axes.grid(alpha=0.3)
