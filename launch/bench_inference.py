@@ -22,7 +22,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -35,8 +34,7 @@ from absl import flags
 
 from launch import inference_report
 from launch.flags import run_main
-from launch.inference_case import Case, device_memory
-from unigist_jax.inference.methods import METHODS
+from launch.inference_case import Case, device_memory, parse_system
 
 RESULT = "bench_inference.json"
 QUICK_AUTOTUNING = "--xla_gpu_autotune_level=2"  # times what 4, the default, does, but does not check the results
@@ -128,17 +126,6 @@ def cases() -> Iterator[Case]:
                     yield Case(system, "limit", ratio, context=context, **limit, **common)
         else:
             raise ValueError(f"--suites: unknown {suite!r}; choose among {SUITES}")
-
-
-def parse_system(name: str) -> tuple[str, int | None]:
-    """`unigist8` as ("unigist", 8); `full` and `transformers` have no ratio."""
-    if name in ("full", "transformers"):
-        return name, None
-    methods = sorted(METHODS.keys() - {"full"})
-    match = re.fullmatch(rf"({'|'.join(methods)})([1-9]\d*)", name)
-    if not match:
-        raise ValueError(f"--systems: unknown {name!r}; choose full, transformers, or one of {methods} and a ratio")
-    return match[1], int(match[2])
 
 
 def run(case: Case, scratch: Path) -> dict[str, Any]:

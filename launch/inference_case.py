@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -90,6 +91,19 @@ class Case:
         return GistLayout(
             **with_method({"method": self.system, "model": {}, "gist": dataclasses.asdict(layout)})["gist"]
         )
+
+
+def parse_system(name: str) -> tuple[str, int | None]:
+    """`unigist8` as ("unigist", 8); `full` and `transformers` have no ratio."""
+    from unigist_jax.inference.methods import METHODS
+
+    if name in ("full", "transformers"):
+        return name, None
+    methods = sorted(METHODS.keys() - {"full"})
+    match = re.fullmatch(rf"({'|'.join(methods)})([1-9]\d*)", name)
+    if not match:
+        raise ValueError(f"--systems: unknown {name!r}; choose full, transformers, or one of {methods} and a ratio")
+    return match[1], int(match[2])
 
 
 def measure(case: Case) -> dict[str, Any]:

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from launch import inference_report
-from launch.bench_inference import parse_system
-from launch.inference_case import Case, measure, noise, random_model
+from launch.inference_case import Case, measure, noise, parse_system, random_model
 from unigist_jax.layout import GistLayout
 from unigist_jax.model import init_llama
 
