@@ -57,8 +57,8 @@ def start_training(config_file, workdir, devices, *flags):
     )
 
 
-def finish(processes):
-    """Waits for all of them; fails with every log if one fails or hangs."""
+def finish(processes, code=0):
+    """Waits for all of them and returns their logs; fails with every log if one ends with another code or hangs."""
     logs, codes = [], []
     try:
         for process in processes:
@@ -75,19 +75,22 @@ def finish(processes):
     report = "\n".join(
         f"--- process {i}, exit code {c}\n{log}" for i, (c, log) in enumerate(zip(codes, logs, strict=True))
     )
-    assert codes == [0] * len(processes), report
+    assert codes == [code] * len(processes), report
+    return logs
+
+
+def start_two(config_file, workdir, *further):
+    address = f"--coordinator_address=127.0.0.1:{free_port()}"
+    return [
+        start_training(config_file, workdir, 2, address, "--num_processes=2", f"--process_id={index}", *further)
+        for index in range(2)
+    ]
 
 
 def test_two_processes_train_as_one(config_file, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     finish([start_training(config_file, one, devices=4)])
-    address = f"--coordinator_address=127.0.0.1:{free_port()}"
-    finish(
-        [
-            start_training(config_file, two, 2, address, "--num_processes=2", f"--process_id={index}")
-            for index in range(2)
-        ]
-    )
+    finish(start_two(config_file, two))
     alone, together = read_metrics(one), read_metrics(two)
     assert [line["step"] for line in together] == [1, 2, 3, 4, 5, 5] == [line["step"] for line in alone]
     for got, expected in zip(together, alone, strict=True):
@@ -95,3 +98,9 @@ def test_two_processes_train_as_one(config_file, tmp_path):
         for name in got.keys() - SPEED:
             np.testing.assert_allclose(got[name], expected[name], rtol=2e-6, err_msg=f"{name} at step {got['step']}")
     assert (two / "checkpoints" / "5").is_dir()
+
+
+def test_all_processes_tell_why_the_first_one_ended(config_file, tmp_path):
+    first, second = finish(start_two(config_file, tmp_path / "run", "--config.data.source=/nowhere/*.txt"), code=2)
+    reason = first[first.index("error: ") :].strip().removeprefix("error: ")
+    assert "/nowhere/*.txt" in reason and f"error: process 0 ended with: {reason}" in second

@@ -39,6 +39,7 @@ from unigist_jax.training.step import (
 )
 
 RECALL_SEED = 1_000_033  # of the records of evaluations; training draws its own from other seeds
+REASON_BYTES = 2048  # of a failure that process 0 tells the others
 
 
 def train(
@@ -225,11 +226,25 @@ def _device_batches(mesh: jax.sharding.Mesh, is_packed: bool = True) -> Callable
 
 
 def _first_process_then_all(action: Callable):
-    """Runs `action` on process 0, which may write files, and then on the others, which find them."""
-    result = action() if jax.process_index() == 0 else None
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("first process done")
-    return result if jax.process_index() == 0 else action()
+    """Runs `action` on process 0, which may write files, and then on the others, which find them.
+
+    Raises what `action` raises; if it fails on process 0, ValueError with its reason on the others.
+    """
+    if jax.process_count() == 1:
+        return action()
+    result, failure = None, None
+    if first := jax.process_index() == 0:
+        try:
+            result = action()
+        except Exception as error:  # whatever it is, the others wait to be told
+            failure = error
+    reason = np.frombuffer(str(failure).encode()[:REASON_BYTES].ljust(REASON_BYTES), np.uint8)
+    has_failed, reason = multihost_utils.broadcast_one_to_all((np.bool_(failure is not None), reason))
+    if failure:
+        raise failure
+    if has_failed:
+        raise ValueError(f"process 0 ended with: {bytes(np.asarray(reason)).decode(errors='replace').strip()}")
+    return result if first else action()
 
 
 def _num_parameters(model: Llama) -> int:
