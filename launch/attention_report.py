@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
-from launch.markdown import Report, table
+from launch.markdown import Report, command_block, table
 
 PARTS = ("forward", "both")  # both: forward + backward
 KINDS = ("attention", "flex", "decode", "documents")
@@ -51,7 +51,7 @@ def merged(results: list[dict]) -> dict:
     for name in ("device", "versions", "repeats", "backends", "shape"):
         if other := next((result for result in results if result[name] != first[name]), None):
             raise ValueError(f"runs with different {name} cannot be merged: {first[name]} and {other[name]}")
-    together = first | {"command": "`, then `".join(result["command"] for result in results)}
+    together = first | {"commands": [command for result in results for command in result["commands"]]}
     together["groups"] = [group for result in results for group in result["groups"]]
     for kind in KINDS:
         rows: dict[tuple, dict] = {}
@@ -176,10 +176,11 @@ def tables(result: dict) -> str:
     """The measurements as Markdown."""
     releases = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
     intro = (
-        f"{result['device']}, {releases}; batch 1, bf16, medians of {result['repeats']} rounds: `{result['command']}`."
+        f"{result['device']}, {releases}; batch 1, bf16, medians of {result['repeats']} rounds."
         f"{device_said(result['groups'])}"
     )
-    parts = intro, *attention_tables(result), *decode_table(result), *document_lines(result), *missing_lines(result)
+    parts = [command_block(result["commands"]), intro, *attention_tables(result), *decode_table(result)]
+    parts += [*document_lines(result), *missing_lines(result)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -299,7 +299,7 @@ def main(_: list[str]) -> None:
     out = out_directory() if OUT.value else None
     warm_up()
     result = {
-        "command": " ".join(["python -m launch.bench_attention", *(x for x in sys.argv[1:] if "--out" not in x)]),
+        "commands": [" ".join(["python -m launch.bench_attention", *(x for x in sys.argv[1:] if "--out" not in x)])],
         "device": jax.devices()[0].device_kind,
         "versions": versions(),
         "repeats": REPEATS.value,

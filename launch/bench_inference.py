@@ -76,7 +76,8 @@ def main(_: list[str]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     file = out / RESULT
     before = json.loads(file.read_text()) if _RESUME.value and file.exists() else {"commands": [], "records": []}
-    records, commands = before["records"], [*before["commands"], " ".join(["launch.bench_inference", *sys.argv[1:]])]
+    records, command = before["records"], " ".join(["python -m launch.bench_inference", *sys.argv[1:]])
+    commands = [*before["commands"], command]
     start, fitting = time.perf_counter(), set()
     with tempfile.TemporaryDirectory() as scratch:
         for case in cases():

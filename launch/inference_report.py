@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from launch.markdown import Report, table
+from launch.markdown import Report, command_block, table
 
 GIB = 2**30
 Record = dict
@@ -147,7 +147,7 @@ def chunk_table(records: list[Record]) -> Iterator[str]:
 
 def tables(result: dict) -> str:
     """The measurements as Markdown: the commands, then device by device."""
-    parts = ["\n".join(f"    python -m {command}" for command in result["commands"])]
+    parts = [command_block(result["commands"])]
     measured = [record for record in result["records"] if "error" not in record]
     for device in dict.fromkeys(record["device"] for record in measured):
         records = [record for record in measured if record["device"] == device]

@@ -17,6 +17,11 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def command_block(commands: list[str]) -> str:
+    """The commands that measured something, as a block of code."""
+    return "\n".join(f"    {command}" for command in commands)
+
+
 @dataclasses.dataclass(frozen=True)
 class Report:
     """How a benchmark's figures are shown.

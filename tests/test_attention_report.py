@@ -17,7 +17,7 @@ def row(what, length, forward, both, **rest):
 
 SHARES = {"share_forward": 0.8, "share_both": 0.6}
 RESULT = {
-    "command": "python -m launch.bench_attention",
+    "commands": ["python -m launch.bench_attention"],
     "device": "a device",
     "versions": {"jax": "0.0"},
     "repeats": 3,
@@ -72,10 +72,10 @@ def test_runs_that_measured_different_groups_become_one():
     first, second = ({k: v for k, v in RESULT.items() if k not in kinds} for _ in range(2))
     first |= {k: RESULT[k] for k in kinds[1:]}
     first["decode"] = [{"what": "hopper", "batch": 1, "reason": "no time"}]
-    second |= {"attention": RESULT["attention"], "decode": RESULT["decode"], "command": "another", "groups": []}
+    second |= {"attention": RESULT["attention"], "decode": RESULT["decode"], "commands": ["another"], "groups": []}
     both = attention_report.merged([first, second])
     assert {k: both[k] for k in (*kinds, "groups")} == {k: RESULT[k] for k in (*kinds, "groups")}
-    assert "`python -m launch.bench_attention`, then `another`." in attention_report.tables(both)
+    assert "    python -m launch.bench_attention\n    another\n" in attention_report.tables(both)
     with pytest.raises(ValueError, match="different device cannot be merged: a device and b"):
         attention_report.merged([first, second | {"device": "b"}])
     with pytest.raises(ValueError, match=r"two runs measured the same case: \('cudnn', 32768"):

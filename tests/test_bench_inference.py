@@ -81,7 +81,7 @@ def test_report(records, tmp_path):
     lost = {"name": "transformers-latency-320-b2", "system": "transformers", "kind": "latency", "ratio": None}
     failed = [dataclasses.asdict(CASES[3]) | {"name": "larger", "error": "OOM"}, lost | {"error": "took too long"}]
     raw, page = tmp_path / "raw.json", tmp_path / "page.md"
-    raw.write_text(json.dumps({"commands": ["launch.bench_inference --out=x"], "records": records + failed}))
+    raw.write_text(json.dumps({"commands": ["python -m launch.bench_inference --out=x"], "records": records + failed}))
     begin, end = inference_report.REPORT.marks
     page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     inference_report.REPORT.write(raw, page)

@@ -240,7 +240,7 @@ def _first_process_then_all(action: Callable):
             failure = error
     reason = np.frombuffer(str(failure).encode()[:REASON_BYTES].ljust(REASON_BYTES), np.uint8)
     has_failed, reason = multihost_utils.broadcast_one_to_all((np.bool_(failure is not None), reason))
-    if failure:
+    if failure is not None:
         raise failure
     if has_failed:
         raise ValueError(f"process 0 ended with: {bytes(np.asarray(reason)).decode(errors='replace').strip()}")
