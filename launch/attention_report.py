@@ -217,4 +217,4 @@ def plot(result: dict, path: Path) -> None:
     pyplot.close(figure)
 
 
-REPORT = Report("attention", tables, plot, "speed-up and share of the matrix rate")
+REPORT = Report(tables, plot, "speed-up and share of the matrix rate")

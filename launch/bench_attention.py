@@ -4,7 +4,7 @@
     python -m launch.bench_attention --out=DIR                                # DIR/bench_attention.{json,md,png}
     python -m launch.bench_attention --backends=triton --lengths=32768,131072 --peers=flex --out=DIR
     python -m launch.bench_attention --merge=A/bench_attention.json,B/bench_attention.json --out=DIR    # two runs
-    python -m launch.bench_attention --render=docs/data/bench_attention.json --into=docs/benchmarks.md   # no GPU needed
+    python -m launch.bench_attention --render=docs/data/h200/bench_attention.json --into=docs/benchmarks.md
 
 Peers, all with the same heads, sinks and window: jax's cuDNN causal attention on the T raws, folded cuDNN (sinks and
 gists alone) and PyTorch's FlexAttention with the gist-shifted block mask (launch/peers.py). Yardsticks: a device copy,

@@ -199,4 +199,4 @@ def plot(result: dict, path: Path) -> None:
     pyplot.close(figure)
 
 
-REPORT = Report("inference", tables, plot, "times and memory")
+REPORT = Report(tables, plot, "times and memory")

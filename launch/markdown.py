@@ -22,26 +22,25 @@ def command_block(commands: list[str]) -> str:
     return "\n".join(f"    {command}" for command in commands)
 
 
+def marks(raw: Path, page: Path) -> tuple[str, str]:
+    """The lines of a Markdown file around the tables of a raw JSON: they name it, as seen from the page."""
+    name = os.path.relpath(raw, page.parent)
+    return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+
+
 @dataclasses.dataclass(frozen=True)
 class Report:
     """How a benchmark's figures are shown.
 
     Attributes:
-      name: of the benchmark, in the marks between which a Markdown file holds its tables.
       tables: from the raw figures to Markdown.
       plot: from the raw figures to an image, at the path given.
       caption: of the image.
     """
 
-    name: str
     tables: Callable[[Any], str]
     plot: Callable[[Any, Path], None]
     caption: str
-
-    @property
-    def marks(self) -> tuple[str, str]:
-        """The lines around the tables."""
-        return f"<!-- {self.name} tables: begin -->", f"<!-- {self.name} tables: end -->"
 
     def write(self, raw: Path, into: Path | None) -> None:
         """Prints the tables of a raw JSON, plots it beside it, and puts both between the marks of a Markdown file.
@@ -53,7 +52,7 @@ class Report:
         text = self.tables(result)
         print(text)
         if into:
-            begin, end = self.marks
+            begin, end = marks(raw, into)
             before, begin_found, rest = into.read_text().partition(begin)
             _, end_found, after = rest.partition(end)
             if not (begin_found and end_found):

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from launch import attention_report
+from launch.markdown import marks
 
 BASE, WIDE = ({"query": 8, "kv": kv, "dim": 128} for kv in (2, 8))
 
@@ -88,9 +89,9 @@ def test_tables_go_between_the_marks_and_the_plot_beside_the_figures(tmp_path):
     raw.parent.mkdir()
     raw.write_text(json.dumps(RESULT))
     page.write_text("before\n")
-    with pytest.raises(ValueError, match=r"page.md needs the lines <!-- attention tables: begin -->"):
+    with pytest.raises(ValueError, match=r"page.md needs the lines <!-- data/figures.json: begin -->"):
         attention_report.REPORT.write(raw, page)
-    begin, end = attention_report.REPORT.marks
+    begin, end = marks(raw, page)
     page.write_text(f"before\n{begin}\nstale\n{end}\nafter\n")
     for _ in range(2):
         attention_report.REPORT.write(raw, page)

@@ -12,6 +12,7 @@ import pytest
 
 from launch import inference_report
 from launch.inference_case import Case, measure, noise, parse_system, random_model
+from launch.markdown import marks
 from unigist_jax.layout import GistLayout
 from unigist_jax.model import init_llama
 
@@ -82,7 +83,7 @@ def test_report(records, tmp_path):
     failed = [dataclasses.asdict(CASES[3]) | {"name": "larger", "error": "OOM"}, lost | {"error": "took too long"}]
     raw, page = tmp_path / "raw.json", tmp_path / "page.md"
     raw.write_text(json.dumps({"commands": ["python -m launch.bench_inference --out=x"], "records": records + failed}))
-    begin, end = inference_report.REPORT.marks
+    begin, end = marks(raw, page)
     page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     inference_report.REPORT.write(raw, page)
     text = page.read_text()
