@@ -5,7 +5,8 @@
       --lengths=1024,2048
   python -m launch.evaluate --workdir=path/to/hf_llama --suite=helmet --helmet=rag=data/kilt/nq.jsonl --method=snapkv
 
-Prints the numbers, and writes DIR/SUITE.json, DIR/SUITE.png and DIR/samples/*.jsonl, DIR = --output or WORKDIR/eval.
+Prints the numbers, and writes DIR/SUITE.json, tables (recall.md, helmet.md), plots (boundary.png, recall.png) and
+DIR/samples/*.jsonl, DIR = --output or WORKDIR/eval.
 Run again, it goes on behind the samples that are there.
 """
 
@@ -166,13 +167,17 @@ def _helmet(evaluation: Evaluation) -> dict:
         category, _, file = entry.partition("=")
         records = helmet.read_helmet(Path(file), category, _HELMET_RECORDS.value)
         for method, layout in evaluation.layouts.items():
-            name = f"{category}, {Path(file).stem}, {method}"
+            name = f"{category}, {helmet.short_name(Path(file))}, {method}"
             chat = {"chat": _HELMET_CHAT.value}
             ask = functools.partial(helmet.evaluate_helmet, loaded.model, loaded.tokenizer, records, category, **chat)
-            samples = _logged(evaluation, "helmet", name, len(records), method, layout, ask, chat)
+            options = chat | {"file": file}
+            samples = _logged(evaluation, "helmet", name, len(records), method, layout, ask, options)
             metric, score = helmet.CATEGORIES[category].metric, helmet.mean_score(samples)
             results[name] = {"category": category, "file": file, "method": method, "metric": metric, "score": score}
             print(f"helmet, {name}: {metric} {score:.1f} of {len(samples)} records")
+    table = helmet.table(results.values())
+    (evaluation.directory / "helmet.md").write_text(table)
+    print(table, end="")
     return {"results": results}
 
 

@@ -221,15 +221,21 @@ def test_evaluate_writes_json_and_plots(command, trained, tmp_path):
 
 def test_evaluate_reads_helmet_records_and_goes_on(command, trained, tmp_path):
     record = {"context": "document 1 2 3 " * 9, "question": "which", "answer": "document"}
-    (tmp_path / "toy.jsonl").write_text(3 * (json.dumps(record) + "\n"))
-    flags = "--suite=helmet", f"--helmet=recall={tmp_path}/toy.jsonl", "--chunk_size=64", "--platform=cpu"
-    for shown in ("3/3", "3/3"):
+    files = [tmp_path / f"niah_{task}" / "toy.jsonl" for task in (2, 3)]
+    for count, file in zip((3, 2), files, strict=True):
+        file.parent.mkdir()
+        file.write_text(count * (json.dumps(record) + "\n"))
+    flags = "--suite=helmet", *(f"--helmet=recall={file}" for file in files), "--chunk_size=64", "--platform=cpu"
+    for shown in ("3/3", "2/2"):
         finished = command("evaluate", f"--workdir={trained[0]}", f"--output={tmp_path}", *flags)
         assert finished.code == 0 and shown in finished.err, finished.err
-    result = strict_json((tmp_path / "helmet.json").read_text())["results"]["recall, toy, unigist"]
-    assert 0 <= result["score"] <= 100 and result["metric"] == "share of answers"
-    log = tmp_path / "samples" / "helmet,recall,toy,unigist,ratio=4.jsonl"
-    assert len(log.read_text().splitlines()) == 4
+    results = strict_json((tmp_path / "helmet.json").read_text())["results"]
+    assert list(results) == ["recall, niah_2-toy, unigist", "recall, niah_3-toy, unigist"]
+    assert all(0 <= of["score"] <= 100 and of["metric"] == "share of answers" for of in results.values())
+    for name, count in ("niah_2-toy", 3), ("niah_3-toy", 2):
+        log = tmp_path / "samples" / f"helmet,recall,{name},unigist,ratio=4.jsonl"
+        assert len(log.read_text().splitlines()) == 1 + count
+    assert (tmp_path / "helmet.md").read_text().startswith("| method | synthetic recall | average |")
 
 
 def test_generate_streams_text_and_tells_the_cache(command, trained):

@@ -11,7 +11,7 @@ from chat_tokenizer import write_chat_tokenizer
 
 from unigist_jax.data import Tokenizer
 from unigist_jax.evals import metrics
-from unigist_jax.evals.helmet import CATEGORIES, encoded, mean_score, read_helmet
+from unigist_jax.evals.helmet import CATEGORIES, encoded, mean_score, read_helmet, table
 from unigist_jax.layout import GistLayout
 from unigist_jax.model import LlamaConfig, init_llama
 
@@ -60,6 +60,18 @@ def test_bad_records_are_named(tmp_path):
         read_helmet(lines(tmp_path / "x", good, {"question": "q", "answers": []}), "rag")
     with pytest.raises(ValueError, match="holds no record"):
         read_helmet(lines(tmp_path / "y"), "rag")
+
+
+def test_the_table_has_the_mean_of_each_category_s_files():
+    scores = {"a": {"choice": 50, "rag": 20}, "b": {"choice": 10, "rag": 30}}
+    results = [{"method": m, "category": c, "score": score} for m, of in scores.items() for c, score in of.items()]
+    results += [{"method": method, "category": "longqa", "score": 30} for method in scores]
+    assert table(results).splitlines() == [
+        "| method | RAG | long QA | average |",
+        "| --- | --- | --- | --- |",
+        "| a | 20.0 | 40.0 | 30.0 |",
+        "| b | 30.0 | 20.0 | 25.0 |",
+    ]
 
 
 def test_a_chat_record_is_one_message_that_the_question_ends(tmp_path):

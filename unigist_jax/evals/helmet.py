@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,6 +112,15 @@ CATEGORIES = {
     ),
 }
 
+COLUMNS = {  # the paper's six, in its order
+    "RAG": ("rag",),
+    "rerank": ("rerank",),
+    "long QA": ("longqa", "choice"),
+    "ICL": ("icl",),
+    "synthetic recall": ("recall",),
+    "summary": ("summary",),
+}
+
 
 def read_helmet(path: Path, category: str, most: int = 0) -> list[HelmetRecord]:
     """The first `most` records of a file of JSON lines (0: all).
@@ -158,6 +168,11 @@ def _record(entry: Mapping[str, Any], category: str) -> HelmetRecord:
     return HelmetRecord(
         f"{kind.instruction}\n\n{context}", kind.question.format(question=question), tuple(map(str, answers)), labels
     )
+
+
+def short_name(path: Path) -> str:
+    """The file's name after its directory's: RULER's tasks are directories of files called alike."""
+    return "-".join(filter(None, (path.parent.name, path.stem)))
 
 
 def evaluate_helmet(
@@ -216,3 +231,22 @@ def encoded(record: HelmetRecord, tokenizer: Tokenizer, chat: bool) -> tuple[lis
 def mean_score(samples: Sequence[Mapping[str, Any]]) -> float:
     """The category's figure, in percent."""
     return 100 * sum(sample["score"] for sample in samples) / len(samples)
+
+
+def table(results: Collection[Mapping[str, Any]]) -> str:
+    """The paper's table, in percent: a row a method, a column a category that was asked, and their average.
+
+    Args:
+      results: of one file and method each, with `category`, `method` and `score`; a column is the mean over its files.
+    """
+    asked = {result["category"] for result in results}
+    columns = {name: categories for name, categories in COLUMNS.items() if asked & {*categories}}
+    lines = [["method", *columns, "average"], ["---"] * (len(columns) + 2)]
+    for method in dict.fromkeys(result["method"] for result in results):
+        of_method = [result for result in results if result["method"] == method]
+        means = [
+            statistics.fmean(result["score"] for result in of_method if result["category"] in categories)
+            for categories in columns.values()
+        ]
+        lines.append([method, *(f"{mean:.1f}" for mean in (*means, statistics.fmean(means)))])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
