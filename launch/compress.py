@@ -25,9 +25,11 @@ from launch.flags import (
     user_message,
 )
 from unigist_jax.checkpoints import load_directory
+from unigist_jax.disk import check_file, read_text
 from unigist_jax.inference import for_inference, full_cache_bytes, prefill
-from unigist_jax.inference.cache_file import save_cache
+from unigist_jax.inference.cache_file import check_has_gists, save_cache
 from unigist_jax.inference.gists import GIST_DTYPES
+from unigist_jax.inference.prefill import check_chunk_size
 
 _WORKDIR = define_workdir()
 _TENSOR = define_tensor()
@@ -45,10 +47,14 @@ def main(_: list[str]) -> None:
 
 def _compress(mesh: Mesh | None) -> None:
     check_system(_CHAT.value, _SYSTEM.value)
-    text = Path(_DOCUMENT.value).read_text()
+    check_file(_OUTPUT.value)
+    text = read_text(_DOCUMENT.value)
     if not text.strip():
         raise ValueError(f"--document={_DOCUMENT.value} holds no text; name a file that does")
     loaded = load_directory(_WORKDIR.value, mesh)
+    check_has_gists(loaded.model)
+    if _CHUNK_SIZE.value is not None:
+        check_chunk_size(_CHUNK_SIZE.value, loaded.model.layout)
     model, tokenizer = for_inference(loaded.model), loaded.tokenizer
     if _CHAT.value:
         ids, _ = tokenizer.encode_cut_chat(user_message(f"{text.rstrip()}\n\n", _SYSTEM.value))

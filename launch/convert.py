@@ -20,6 +20,7 @@ from absl import flags
 
 from launch.flags import run_main
 from unigist_jax.checkpoints import hf_layout, is_hf_directory, load_directory, save_as_run
+from unigist_jax.disk import check_folder
 from unigist_jax.layout import GistLayout
 from unigist_jax.model.config import DTYPES, GIST_INITS
 from unigist_jax.model.hf import save_hf
@@ -40,9 +41,10 @@ def main(_: list[str]) -> None:
     output = Path(_OUTPUT.value)
     if (output / "config.json").exists():
         raise ValueError(f"--output={output} holds a model already; name another directory, or delete this one")
+    check_folder(output)
     loaded = load_directory(_INPUT.value, **_new_gists())
     model = loaded.model
-    model.layout = model.checked_layout(_asked_layout(model.layout))
+    model.layout = model.checked_layout(_asked_layout(model.layout, model.config.attention))
     if _DTYPE.value:
         model = jax.tree.map(lambda leaf: leaf.astype(_DTYPE.value), model)
         model.config = dataclasses.replace(model.config, param_dtype=_DTYPE.value)
@@ -63,11 +65,21 @@ def _new_gists() -> dict[str, Any]:
     return {"layout": _asked_layout(GistLayout()), "seed": _SEED.value, "gist_init": _GIST_INIT.value}
 
 
-def _asked_layout(layout: GistLayout) -> GistLayout:
-    """`layout` with what the flags change; a window that no flag sets becomes the next multiple of the ratio."""
-    ratio = _RATIO.value or layout.ratio
-    window = -(-layout.window // ratio) * ratio if _WINDOW.value is None else _WINDOW.value
-    return GistLayout(ratio, layout.num_sinks if _NUM_SINKS.value is None else _NUM_SINKS.value, window)
+def _asked_layout(layout: GistLayout, attention: str = "gist") -> GistLayout:
+    """`layout` with what the flags change. Raises ValueError for what a method with chunks does not take."""
+    ratio, window = _RATIO.value or layout.ratio, _WINDOW.value
+    if layout.chunk and window is not None:
+        raise ValueError(
+            f"--window={window}, but {_INPUT.value} was trained with chunks of {layout.chunk} raws, and has no window; "
+            "leave it out"
+        )
+    if attention == "autocompressors" and ratio != layout.ratio:
+        raise ValueError(
+            f"--ratio={ratio}, but {_INPUT.value} has summary tokens for a ratio of {layout.ratio} alone; leave it out"
+        )
+    changes = {"window": window, "num_sinks": _NUM_SINKS.value}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    return dataclasses.replace(layout.with_ratio(ratio), **changes)
 
 
 if __name__ == "__main__":

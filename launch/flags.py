@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from absl import app, flags, logging
 
+from unigist_jax.disk import described
+
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+_PATHS = ("document", "input", "output", "workdir")  # flags whose empty value is a slip: "--workdir=$UNSET"
 _PLATFORM = flags.DEFINE_string("platform", None, "jax platform to run on: cpu, gpu, tpu (default: what jax finds)")
 flags.disclaim_key_flags()  # what the functions below define belongs to the command that calls them, and to its --help
 
 
 def run_main(main: Callable[[list[str]], None]) -> None:
-    """`app.run` for a command. A ValueError or a file error ends it with its message and exit code 2, no traceback."""
+    """`app.run` for a command. A bad value, file or number ends it with one line and exit code 2, no traceback."""
     flags.adopt_module_key_flags(sys.modules[__name__])
 
     def wrapped(argv: list[str]) -> None:
         if len(argv) > 1:
-            raise app.UsageError(f"unexpected arguments {argv[1:]}; every option is a --flag")
+            _fail(f"unexpected arguments {argv[1:]}; every option is a --flag")
+        if empty := [name for name in _PATHS if name in flags.FLAGS and flags.FLAGS[name].value == ""]:
+            _fail(f"--{empty[0]} is empty; name a path")
         if _PLATFORM.value:
             import jax
 
@@ -32,29 +38,59 @@ def run_main(main: Callable[[list[str]], None]) -> None:
             logging.set_verbosity(logging.WARNING)
         try:
             main(argv)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, FloatingPointError) as error:
             if logging.level_debug():
                 raise
-            _fail(error)
+            _fail(described(error) if isinstance(error, OSError) else error)
+        except (RuntimeError, AssertionError) as error:  # the latter is jax's for "cuda" without a CUDA plugin
+            if _has_devices():
+                raise
+            _fail(f"--platform={_PLATFORM.value}: jax finds no such device here ({error or 'no plugin'}); leave it out")
 
     app.run(wrapped, flags_parser=_parse)
 
 
+def _has_devices() -> bool:
+    """Whether jax finds devices on the platform asked for, so that an error is not for want of them."""
+    import jax
+
+    try:
+        return _PLATFORM.value is None or bool(jax.devices())
+    except (RuntimeError, AssertionError):
+        return False
+
+
 def _parse(argv: list[str]) -> list[str]:
-    """absl's parser, but for a config field that does not exist: config_flags lets Python's own error through."""
+    """absl's parser, and a line for what config_flags lets through: Python's errors of a config file and its fields."""
+    given = [arg.partition("=") for arg in argv if arg.startswith("--config")]
+    file = next((value.partition(":")[0] for name, _, value in given if name == "--config"), None)
+    if file is not None and not Path(file).is_file():
+        _fail(f"--config={file}: there is no such file; name a Python file that defines get_config()")
     try:
         return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError) as error:
-        if not any(arg.startswith("--config.") for arg in argv):
+    except Exception as error:
+        if file is None or isinstance(error, flags.Error):
             raise
-        while error.args and isinstance(error.args[0], Exception):
-            error = error.args[0]
-        _fail(f"there is no config field {error.args[0]}")
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename.endswith(file)]
+        if isinstance(error, (AttributeError, KeyError)) and not lines and "get_config" not in str(error):
+            while error.args and isinstance(error.args[0], Exception):
+                error = error.args[0]
+            _fail(f"there is no config field {error.args[0]}")
+        where = f", line {lines[-1]}," if lines else ""
+        _fail(f"--config={file}{where} gives no config ({type(error).__name__}: {error})")
 
 
 def _fail(error: object) -> NoReturn:
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     sys.exit(2)
+
+
+def whole_numbers(flag: flags.FlagHolder[list[str]], least: int = 1) -> list[int]:
+    """The numbers of a list flag. Raises ValueError naming it unless each is a whole number of at least `least`."""
+    if not all(text.strip().isdecimal() and int(text) >= least for text in flag.value):
+        given = ",".join(flag.value)
+        raise ValueError(f"--{flag.name}={given} must be whole numbers of at least {least}, such as {flag.default[0]}")
+    return [int(text) for text in flag.value]
 
 
 def define_workdir() -> flags.FlagHolder[str]:

@@ -9,8 +9,6 @@ python -m launch.generate --workdir=path/to/hf_llama --chat --cache=book.cache -
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from absl import flags
 from jax.sharding import Mesh
 
@@ -25,6 +23,7 @@ from launch.flags import (
 )
 from unigist_jax.checkpoints import load_directory
 from unigist_jax.data import StreamDecoder, Tokenizer
+from unigist_jax.disk import read_text
 from unigist_jax.inference import Sampling, for_inference, full_cache_bytes, generate
 from unigist_jax.inference.cache_file import load_cache
 from unigist_jax.inference.methods import METHODS
@@ -53,7 +52,7 @@ def main(_: list[str]) -> None:
 
 def _generate(mesh: Mesh | None) -> None:
     texts = list(_PROMPT.value or [])
-    texts += [Path(name).read_text() for name in _PROMPT_FILE.value or []]
+    texts += [read_text(name) for name in _PROMPT_FILE.value or []]
     if not texts:
         raise ValueError("nothing to continue; give --prompt or --prompt_file")
     check_system(_CHAT.value, _SYSTEM.value)

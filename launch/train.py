@@ -26,7 +26,7 @@ from pathlib import Path
 
 import jax
 from absl import flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from launch.flags import run_main
 from unigist_jax.config import RunConfig
@@ -93,7 +93,15 @@ def _compile_only(run: RunConfig) -> None:
 def main(_: list[str]) -> None:
     # Before the loop, which listens itself, there is nothing to save.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(REQUEUE_EXIT_CODE))
+    if not isinstance(_CONFIG.value, ConfigDict):
+        raise ValueError(
+            f"get_config() of --config gives a {type(_CONFIG.value).__name__}, not an ml_collections.ConfigDict"
+        )
     run = RunConfig.from_dict(_CONFIG.value.to_dict())
+    if _TOPOLOGY.value and not _COMPILE_ONLY.value:
+        raise ValueError(
+            f"--topology={_TOPOLOGY.value} without --compile_only: training runs on the devices here; give both"
+        )
     if _CACHE.value:
         jax.config.update("jax_compilation_cache_dir", _CACHE.value)
     if _COMPILE_ONLY.value:

@@ -8,6 +8,12 @@ import pytest
 from command_line import ROOT, assert_refused, runner
 from tiny_runs import write_corpus
 
+from unigist_jax.checkpoints import load_directory
+from unigist_jax.data import Tokenizer
+from unigist_jax.layout import GistLayout
+from unigist_jax.model import LlamaConfig, init_llama
+from unigist_jax.model.hf import save_hf
+
 COMMANDS = sorted(
     path.stem
     for path in (ROOT / "launch").glob("*.py")
@@ -130,6 +136,14 @@ def test_train_refuses_the_work_directory_of_another_run(command, config_file, t
         ("generate", ["--prompt=a", "--tensor=3"], ["'tensor': 3", "needs 3 devices, but there are 1"]),
         ("compress", ["--document=absent.txt", "--output=x"], ["absent.txt"]),
         ("compress", ["--document=/dev/null", "--output=x"], ["/dev/null holds no text"]),
+        ("compress", [f"--document={ROOT}/Makefile", f"--output={ROOT}"], [f"{ROOT} is a folder; name a file"]),
+        (
+            "generate",
+            [f"--prompt_file={ROOT}/docs/demo/loss.png"],
+            ["loss.png is not UTF-8 text", "convert it to UTF-8"],
+        ),
+        ("generate", ["--prompt=a", "--stop_token=320"], ["stop token 320", "vocabulary 0 … 319"]),
+        ("generate", ["--prompt=a", "--platform=abacus"], ["--platform=abacus: jax finds no such device here"]),
         ("generate", ["--prompt=a", "--top_p=1.5"], ["top_p=1.5", "at most 1"]),
         ("generate", [], ["--prompt or --prompt_file"]),
         ("generate", ["--prompt_file=absent.txt"], ["absent.txt"]),
@@ -296,6 +310,23 @@ def test_a_converted_model_says_the_same(command, trained, tmp_path):
     assert said[0].strip() and said[0] == said[1]
     assert "Hugging Face weights" in finished.out
     assert_refused(command("convert", *convert), f"--output={output} holds a model already")
+
+
+def test_converting_keeps_chunks_and_the_kind_of_attention(command, trained, tmp_path):
+    config = LlamaConfig(320, 16, 24, 1, 2, 1, 8, attention="autocompressors", dtype="float32")
+    layout = GistLayout(ratio=4, num_sinks=8, window=28, chunk=32)
+    save_hf(init_llama(config, layout, 0), tmp_path / "hf")
+    Tokenizer.load(trained[0]).save(tmp_path / "hf")
+    convert = f"--input={tmp_path}/hf", "--to=run", "--platform=cpu"
+    finished = command("convert", *convert, f"--output={tmp_path}/run")
+    assert finished.code == 0, finished.err
+    model = load_directory(tmp_path / "run").model
+    assert (model.layout, model.config.attention) == (layout, "autocompressors")
+    refused = command("convert", *convert, f"--output={tmp_path}/other", "--window=8")
+    assert_refused(refused, "--window=8", "trained with chunks of 32 raws", "leave it out")
+    document = f"--document={ROOT}/Makefile", f"--output={tmp_path}/file"
+    refused = command("compress", f"--workdir={tmp_path}/hf", *document, "--platform=cpu")
+    assert_refused(refused, "attention is 'autocompressors'", "--config.method=unigist")
 
 
 def test_the_training_benchmark_times_each_case_and_writes_table_and_figures(command, tmp_path):

@@ -86,9 +86,12 @@ def test_defaults_of_absent_entries():
 
 
 @pytest.mark.parametrize("scaling", [None, CONFIG.rope_scaling])
-@pytest.mark.parametrize("layout", [None, LAYOUT])
-def test_config_round_trip(scaling, layout):
-    config = dataclasses.replace(CONFIG, rope_scaling=scaling, tie_embeddings=True, rms_norm_eps=1e-6)
+@pytest.mark.parametrize(
+    ("layout", "attention"),
+    [(None, "gist"), (LAYOUT, "gist"), (LAYOUT, "full"), (GistLayout(4, 8, 28, chunk=32), "autocompressors")],
+)
+def test_config_round_trip(scaling, layout, attention):
+    config = dataclasses.replace(CONFIG, rope_scaling=scaling, tie_embeddings=True, attention=attention)
     hf = json.loads(json.dumps(config_to_hf(config, layout)))
     assert config_from_hf(hf) == config
     assert layout_from_hf(hf) == layout

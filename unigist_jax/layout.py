@@ -65,12 +65,6 @@ class GistLayout:
             raise ValueError(f"GistLayout.ratio={self.ratio}: needs at least 1 raw token per gist; use ratio >= 1")
         if self.num_sinks < 0:
             raise ValueError(f"GistLayout.num_sinks={self.num_sinks}: must not be negative; use 0 for no sinks")
-        if self.window < 0 or self.window % self.ratio:
-            nearest = max(0, round(self.window / self.ratio)) * self.ratio
-            raise ValueError(
-                f"GistLayout.window={self.window} is not a non-negative multiple of ratio={self.ratio}; "
-                f"the nearest legal window is {nearest}"
-            )
         if self.chunk < 0 or self.chunk % self.ratio or (self.chunk and self.window != self.chunk - self.ratio):
             chunk = max(1, round(self.chunk / self.ratio)) * self.ratio
             raise ValueError(
@@ -78,11 +72,28 @@ class GistLayout:
                 f"multiple of the ratio, and its window is chunk - ratio; use chunk={chunk}, "
                 f"window={chunk - self.ratio}, or chunk=0"
             )
+        if self.window < 0 or self.window % self.ratio:
+            nearest = max(0, round(self.window / self.ratio)) * self.ratio
+            raise ValueError(
+                f"GistLayout.window={self.window} is not a non-negative multiple of ratio={self.ratio}; "
+                f"the nearest legal window is {nearest}"
+            )
 
     @property
     def window_units(self) -> int:
         """`k`: previous units whose raws stay visible, beside the current unit."""
         return self.window // self.ratio
+
+    def with_ratio(self, ratio: int) -> GistLayout:
+        """The same at another ratio; a window, or a chunk, becomes the next multiple of it."""
+
+        def next_multiple(num_raws: int) -> int:
+            return -(-num_raws // max(1, ratio)) * ratio
+
+        if self.chunk:
+            chunk = next_multiple(self.chunk)
+            return GistLayout(ratio, self.num_sinks, chunk - ratio, chunk)
+        return GistLayout(ratio, self.num_sinks, next_multiple(self.window))
 
     def num_units(self, num_raws: int) -> int:
         """Units of `num_raws` raw tokens. Raises ValueError unless it is a multiple of `ratio`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from unigist_jax.inference.methods import ROUNDED, TRAINING_FREE
+from unigist_jax.inference.methods import TRAINING_FREE, get_method
 from unigist_jax.layout import GistLayout
 from unigist_jax.model import Llama
 
@@ -20,25 +20,17 @@ def evaluation_layout(model: Llama, method: str, ratio: int | None) -> GistLayou
     """The model's layout, with another ratio if asked for.
 
     Raises:
-      ValueError: for a method with chunks on a model without them or the other way round, or a ratio that the model's
+      ValueError: for a method that needs another training than the model's (`get_method`), or a ratio that the model's
         summary tokens do not allow.
     """
+    get_method(method, model)
     own = model.layout
-    if method in ("activation_beacon", "autocompressors") and not own.chunk:
-        raise ValueError(f"{method} needs a model trained with chunks: launch.train --config.method={method}")
-    if method in ("unigist", *ROUNDED) and own.chunk:
-        raise ValueError(f"{method} needs a model trained with a sliding window; this one has chunks (gist.chunk)")
     ratio = ratio or own.ratio
     if method == "autocompressors" and ratio != own.ratio:
         raise ValueError(f"autocompressors has as many summary tokens as it was trained with: ratio {own.ratio}")
-    if method == "activation_beacon":
-        chunk = -(-own.chunk // ratio) * ratio
-        return GistLayout(ratio, own.num_sinks, chunk - ratio, chunk)
     if method in TRAINING_FREE:
         return GistLayout(ratio, own.num_sinks, 0)
-    if own.chunk:
-        return own
-    return GistLayout(ratio, own.num_sinks, -(-own.window // ratio) * ratio)
+    return own.with_ratio(ratio)
 
 
 def one_pass_attention(method: str) -> str:

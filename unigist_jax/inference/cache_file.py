@@ -30,6 +30,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from unigist_jax.disk import writing
 from unigist_jax.inference.cache import GistCache, LayerKV
 from unigist_jax.inference.gists import QuantizedGists, with_slots
 from unigist_jax.layout import GistLayout
@@ -52,6 +53,15 @@ class CacheFile(NamedTuple):
     in_message: bool
 
 
+def check_has_gists(model: Llama) -> None:
+    """Raises ValueError for a model that was trained for another cache than one of gists."""
+    if model.config.attention != "gist":
+        raise ValueError(
+            f"this model's attention is {model.config.attention!r}: it has not learned the gists that a cache file holds; "
+            "take a model trained with --config.method=unigist or activation_beacon"
+        )
+
+
 def save_cache(
     path: str | os.PathLike,
     cache: GistCache,
@@ -72,6 +82,7 @@ def save_cache(
 
     Raises:
       ValueError: if the tokens are not as many as the cache has read.
+      OSError: if the file cannot be written.
     """
     length = np.asarray(cache.length)
     if [len(sequence) for sequence in tokens] != length.tolist():
@@ -100,8 +111,9 @@ def save_cache(
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
-        save_file(arrays, partial, metadata=metadata)
-        os.replace(partial, path)
+        with writing(path):
+            save_file(arrays, partial, metadata=metadata)
+            os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -118,8 +130,9 @@ def load_cache(path: str | os.PathLike, model: Llama, tokenizer: str, layout: Gi
     Raises:
       FileNotFoundError: if there is no such file.
       ValueError: if it is no cache, damaged, or of another model, layout or tokenizer; naming the file, both values and
-        the remedy.
+        the remedy. Also for a model that is not one of gists.
     """
+    check_has_gists(model)
     path, layout = Path(path), model.checked_layout(layout)
     if not path.is_file():
         raise FileNotFoundError(f"there is no cache file {path}; make one with launch.compress")

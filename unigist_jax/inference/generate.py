@@ -82,13 +82,15 @@ def generate(
       on_token: called as `on_token(sequence, token)` for every token, some steps at a time.
 
     Raises:
-      ValueError: for a bad prompt, chunk size or method, or if prompt and new tokens exceed the capacity; before any
-        work is done.
+      ValueError: for a bad prompt, stop token, chunk size or method, or if prompt and new tokens exceed the capacity;
+        before any work is done.
     """
     chosen = get_method(method, model)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
     lengths = check_prompts(prompts, model.config.vocab_size, None)
+    if outside := [token for token in stop_tokens if not 0 <= token < model.config.vocab_size]:
+        raise ValueError(f"stop token {outside[0]} is outside the vocabulary 0 … {model.config.vocab_size - 1}")
     if cache is None:
         longest = int(lengths.max())
         needed = longest + max_new_tokens

@@ -64,9 +64,16 @@ def trained_method(config: LlamaConfig, layout: GistLayout) -> str:
 
 
 def get_method(name: str | None, model: Llama) -> Method:
-    """The method of that name; None: the one it was trained for. Raises ValueError if unknown."""
+    """The method of that name; None: the one the model was trained for.
+
+    Raises ValueError for an unknown name, and for a method with chunks on a model without them or the other way round.
+    """
     if name is None:
         name = trained_method(model.config, model.layout)
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}; choose one of {sorted(METHODS)}")
+    if name in ("activation_beacon", "autocompressors") and not model.layout.chunk:
+        raise ValueError(f"{name} needs a model trained with chunks: launch.train --config.method={name}")
+    if name in ("unigist", *ROUNDED) and model.layout.chunk:
+        raise ValueError(f"{name} needs a model trained with a sliding window; this one has chunks (gist.chunk)")
     return METHODS[name]

@@ -27,6 +27,7 @@ from jax.sharding import Mesh, NamedSharding
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from unigist_jax.disk import writing
 from unigist_jax.layout import GistLayout
 from unigist_jax.model.config import LlamaConfig
 from unigist_jax.model.gist_init import initial_embeddings
@@ -330,6 +331,7 @@ def save_hf(
 
     Raises:
       ValueError: if `max_shard_bytes` is not positive, or the parameters are spread over several processes.
+      OSError: if a file cannot be written.
     """
     directory = Path(directory)
     leaves = jax.tree_util.tree_leaves_with_path(model)
@@ -354,7 +356,8 @@ def save_hf(
     try:
         for name, tensors in files.items():
             arrays = {tensor.name: _hf_array(parameters, tensor) for tensor in tensors}
-            save_file(arrays, temporary(name), metadata={"format": "pt"})
+            with writing(directory / name):
+                save_file(arrays, temporary(name), metadata={"format": "pt"})
         if len(files) > 1:
             total = sum(tensor.num_bytes for tensors in files.values() for tensor in tensors)
             weight_map = {tensor.name: name for name, tensors in files.items() for tensor in tensors}

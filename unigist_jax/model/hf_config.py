@@ -6,7 +6,8 @@
 | rotary scaling | `rope_scaling` (null, or with `rope_type`, once `type`) | `rope_parameters.rope_type` and the rest |
 | dtype | `torch_dtype` | `dtype` |
 
-A model of this project adds one entry, `unigist: {ratio, num_sinks, window}`; other readers ignore it.
+A model of this project adds one entry, `unigist: {ratio, num_sinks, window}`, with `chunk` and `attention` where the
+model has chunks or attends otherwise than through gists; other readers ignore it.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def config_from_hf(hf: dict[str, Any], **overrides: Any) -> LlamaConfig:
     Args:
       hf: the parsed file. Absent entries that transformers has a default for take that default.
       **overrides: fields of `LlamaConfig` that replace the file's, or that it does not have. Unless overridden,
-        `param_dtype` and `dtype` are both the checkpoint's dtype (float32 if it names none).
+        `param_dtype` and `dtype` are both the checkpoint's dtype (float32 if it names none), and `attention` is that of
+        the `unigist` entry ("gist" if it names none).
 
     Raises:
       ValueError: for a model that is not a plain Llama, naming the entry, its value and the remedy; for an absent size.
@@ -96,6 +98,7 @@ def config_from_hf(hf: dict[str, Any], **overrides: Any) -> LlamaConfig:
         "tie_embeddings": _entry(hf, "tie_word_embeddings", False),
         "param_dtype": dtype,
         "dtype": dtype,
+        "attention": _entry(hf.get("unigist") or {}, "attention", "gist"),
     }
     return LlamaConfig(**{**fields, **overrides})
 
@@ -117,9 +120,9 @@ def config_to_hf(config: LlamaConfig, layout: GistLayout | None = None) -> dict[
     """The contents of config.json in the dialect of transformers 4, which transformers 5 reads too.
 
     Args:
-      config: its sizes, rotary embedding and `param_dtype` are written; choices of a run (`attention`, `remat`,
+      config: its sizes, rotary embedding and `param_dtype` are written; choices of a run (`remat`,
         `attention_backend`, the computation's `dtype`) have no place in the file.
-      layout: written as the `unigist` entry, if given.
+      layout: written as the `unigist` entry, if given, with the config's `attention` unless that is "gist".
     """
     scaling = config.rope_scaling
     rope_scaling = scaling and {"rope_type": "llama3", **{name: getattr(scaling, name) for name in _SCALING_FIELDS}}
@@ -150,4 +153,6 @@ def config_to_hf(config: LlamaConfig, layout: GistLayout | None = None) -> dict[
         hf["unigist"] = {name: int(getattr(layout, name)) for name in _LAYOUT_FIELDS}
         if layout.chunk:
             hf["unigist"]["chunk"] = int(layout.chunk)
+        if config.attention != "gist":
+            hf["unigist"]["attention"] = config.attention
     return hf
