@@ -44,8 +44,10 @@ def _one_source(values: dict) -> bool:
 
 
 def main(_: list[str]) -> None:
-    workdirs = runs_of_sweep(Path(_SWEEP.value)) if _SWEEP.value else {Path(x).name: Path(x) for x in _WORKDIRS.value}
+    workdirs = runs_of_sweep(Path(_SWEEP.value)) if _SWEEP.value else comparison.named(_WORKDIRS.value)
     output = Path(_OUTPUT.value) if _OUTPUT.value else Path(_SWEEP.value) / "comparison"
+    if _METHODS.value and FULL not in map(comparison.without_seed, workdirs):
+        print(f"no run is called {FULL!r}: without a model of full attention the training-free methods are left out")
     rows = []
     for name, workdir in workdirs.items():
         evaluate(workdir, output / name, [FULL, *_METHODS.value] if comparison.without_seed(name) == FULL else None)

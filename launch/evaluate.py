@@ -27,13 +27,14 @@ from launch.flags import define_workdir, output_directory, run_main
 from unigist_jax.checkpoints import Loaded, load_directory
 from unigist_jax.data.from_config import heldout_rows, recall_filler, texts
 from unigist_jax.evals import helmet, perplexity, plots, recall
-from unigist_jax.evals.layouts import evaluation_layout, one_pass_attention
+from unigist_jax.evals.layouts import check_borders, evaluation_layout, one_pass_attention
 from unigist_jax.evals.samples import SampleLog
 from unigist_jax.inference.methods import METHODS, ROUNDED, trained_method
 from unigist_jax.inference.prefill import check_chunk_size
 from unigist_jax.layout import GistLayout
 
 SUITES = ("perplexity", "boundary", "recall", "helmet")
+CHUNK_SIZE = 128  # raws of a prefill chunk, where the model was trained without chunks
 
 _WORKDIR = define_workdir()
 _SUITE = flags.DEFINE_list("suite", list(SUITES[:3]), f"which of {', '.join(SUITES)}, comma-separated")
@@ -43,7 +44,9 @@ _RATIO = flags.DEFINE_integer("ratio", None, "another ratio; the window becomes 
 _ROWS = flags.DEFINE_integer("rows", 64, "perplexity: held-out rows", lower_bound=1)
 _LENGTHS = flags.DEFINE_list("lengths", ["512"], "recall: tokens of records; boundary: of documents, the longest")
 _DOCUMENTS = flags.DEFINE_integer("documents", 32, "boundary: held-out documents", lower_bound=1)
-_CHUNK_SIZE = flags.DEFINE_integer("chunk_size", 128, "boundary and recall: raws of a prefill chunk", lower_bound=1)
+_CHUNK_SIZE = flags.DEFINE_integer(
+    "chunk_size", None, "boundary, recall, helmet: raws of a prefill chunk (default: as trained, or 128)", lower_bound=1
+)
 _BUCKET = flags.DEFINE_integer("bucket", 16, "boundary: positions averaged in the plot", lower_bound=1)
 _RECORDS = flags.DEFINE_integer("records", 32, "recall: records of each task", lower_bound=1)
 _TASKS = flags.DEFINE_list("tasks", ["needle"], f"recall: which of {', '.join(recall.TASKS)}")
@@ -59,6 +62,7 @@ class Evaluation(NamedTuple):
 
     loaded: Loaded
     layouts: dict[str, GistLayout]
+    chunk_size: int
     lengths: list[int]
     directory: Path
     setting: dict
@@ -78,11 +82,12 @@ def main(_: list[str]) -> None:
     model = loaded.model
     methods = _METHOD.value or [trained_method(model.config, model.layout)]
     layouts = {method: evaluation_layout(model, method, _RATIO.value) for method in methods}
-    _check(methods, layouts, lengths)
+    chunk_size = _CHUNK_SIZE.value or model.layout.chunk or CHUNK_SIZE
+    _check(methods, layouts, chunk_size, lengths)
     directory = output_directory(_OUTPUT.value, _WORKDIR.value, "eval")
     ratio = _RATIO.value or model.layout.ratio
     setting = {"workdir": _WORKDIR.value, "step": loaded.step, "ratio": ratio, "window": layouts[methods[0]].window}
-    evaluation = Evaluation(loaded, layouts, lengths, directory, setting)
+    evaluation = Evaluation(loaded, layouts, chunk_size, lengths, directory, setting)
     suites = {"perplexity": _perplexity, "boundary": _boundary, "recall": _recall, "helmet": _helmet}
     for suite in _SUITE.value:
         result = setting | suites[suite](evaluation)
@@ -90,7 +95,7 @@ def main(_: list[str]) -> None:
         print(f"wrote {directory / suite}.json")
 
 
-def _check(methods: list[str], layouts: dict[str, GistLayout], lengths: list[int]) -> None:
+def _check(methods: list[str], layouts: dict[str, GistLayout], chunk_size: int, lengths: list[int]) -> None:
     """Raises ValueError for flags that do not go together, before any work."""
     suites = set(_SUITE.value)
     for method in methods:
@@ -101,7 +106,7 @@ def _check(methods: list[str], layouts: dict[str, GistLayout], lengths: list[int
                 f"--suite=perplexity reads in one pass, where {method} rounds nothing; take boundary, recall"
             )
         if suites & {"boundary", "recall", "helmet"} and method in ("unigist", "activation_beacon", *ROUNDED):
-            check_chunk_size(_CHUNK_SIZE.value, layouts[method])
+            check_chunk_size(chunk_size, layouts[method])
     if "helmet" in suites:
         for entry in _HELMET.value or [""]:
             category, _, file = entry.partition("=")
@@ -109,11 +114,12 @@ def _check(methods: list[str], layouts: dict[str, GistLayout], lengths: list[int
                 known = ", ".join(helmet.CATEGORIES)
                 raise ValueError(f"--helmet={entry}: write it as CATEGORY=FILE, CATEGORY one of {known}")
     if "boundary" in suites:
-        for layout in layouts.values():
+        for method, layout in layouts.items():
             layout.num_units(lengths[-1])
-        if lengths[-1] <= _CHUNK_SIZE.value:
+            check_borders(method, layout, chunk_size)
+        if lengths[-1] <= chunk_size:
             raise ValueError(
-                f"--lengths={lengths[-1]} holds no border of chunks of --chunk_size={_CHUNK_SIZE.value}; "
+                f"--lengths={lengths[-1]} holds no border of chunks of --chunk_size={chunk_size}; "
                 "give a longer length or a smaller chunk"
             )
 
@@ -133,7 +139,7 @@ def _perplexity(evaluation: Evaluation) -> dict:
 def _boundary(evaluation: Evaluation) -> dict:
     loaded = evaluation.loaded
     heldout = texts(loaded.data, loaded.tokenizer, "heldout")
-    length, chunk = evaluation.lengths[-1], _CHUNK_SIZE.value
+    length, chunk = evaluation.lengths[-1], evaluation.chunk_size
     documents = perplexity.long_documents(heldout, loaded.tokenizer, length, _DOCUMENTS.value)
     curves, results = {}, {}
     for method, layout in evaluation.layouts.items():
@@ -234,7 +240,7 @@ def _logged(
         ask(
             method=method,
             layout=layout,
-            chunk_size=_CHUNK_SIZE.value,
+            chunk_size=evaluation.chunk_size,
             batch_size=_BATCH.value,
             skip=len(log.samples),
             done=done,

@@ -47,6 +47,12 @@ def write(path, value):
     path.write_text(json.dumps(value))
 
 
+def test_runs_are_called_as_their_directories():
+    assert comparison.named(["a/full", "b/r4/"]) == {"full": Path("a/full"), "r4": Path("b/r4")}
+    with pytest.raises(ValueError, match="two work directories are called 'full'"):
+        comparison.named(["a/full", "a/r4", "b/full"])
+
+
 def test_rows_are_those_of_the_files(tmp_path):
     def summary(method, length, accuracy):
         by_depth = [{"depth": 0.5, "distance": length / 2, "samples": 2, "accuracy": accuracy, "token_accuracy": 0.75}]

@@ -8,6 +8,7 @@ import pytest
 
 from unigist_jax.data import RecallRecord, Tokenizer, pack_documents
 from unigist_jax.evals import recall
+from unigist_jax.evals.layouts import check_borders
 from unigist_jax.evals.perplexity import border_jump, bucketed, long_documents, losses_by_position, packed_perplexity
 from unigist_jax.evals.recall import TASKS, evaluate_recall, make_records, summarize
 from unigist_jax.evals.samples import SampleLog
@@ -112,6 +113,15 @@ def test_border_jump_is_after_less_before():
     assert border_jump(cost[1:], 8, 2) == pytest.approx((3 + 1) / 2)
     assert border_jump(np.ones(19), 8, 4) == 0
     assert border_jump(np.arange(1.0, 20), 8, 1) == 1
+
+
+def test_borders_are_those_of_the_method_s_own_chunks():
+    layout = GistLayout(4, 2, 60, 64)
+    for method, chunk_size in (("autocompressors", 128), ("activation_beacon", 64), ("full", 96)):
+        check_borders(method, layout, chunk_size)
+    check_borders("unigist", GistLayout(4, 2, 8), 96)
+    with pytest.raises(ValueError, match=r"chunk size 96: activation_beacon has chunks of 64 .* use 64 or a multiple"):
+        check_borders("activation_beacon", layout, 96)
 
 
 def test_border_jump_uses_every_border_with_enough_after_it():

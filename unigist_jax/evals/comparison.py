@@ -27,6 +27,16 @@ def without_seed(name: str) -> str:
     return SEED.sub("", name)
 
 
+def named(workdirs: Sequence[str]) -> dict[str, Path]:
+    """Work directories by their last name, the run's. Raises ValueError if two are called alike."""
+    names = [Path(workdir).name for workdir in workdirs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(
+            f"two work directories are called {twice[0]!r}, which would be one row of the table; rename one"
+        )
+    return dict(zip(names, map(Path, workdirs), strict=True))
+
+
 def rows_of_run(name: str, workdir: Path, evaluation: Path) -> list[dict[str, Any]]:
     """One row a method that was evaluated in a run.
 

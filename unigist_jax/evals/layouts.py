@@ -33,6 +33,15 @@ def evaluation_layout(model: Llama, method: str, ratio: int | None) -> GistLayou
     return own.with_ratio(ratio)
 
 
+def check_borders(method: str, layout: GistLayout, chunk_size: int) -> None:
+    """Raises ValueError unless multiples of `chunk_size` are borders of the method's own chunks, if it has such."""
+    if layout.chunk and method != "full" and chunk_size % layout.chunk:
+        raise ValueError(
+            f"chunk size {chunk_size}: {method} has chunks of {layout.chunk} and is measured at their borders; "
+            f"use {layout.chunk} or a multiple"
+        )
+
+
 def one_pass_attention(method: str) -> str:
     """The `attention` of `Llama.hidden_states` that is the method in one pass. Raises ValueError if it has no such."""
     if method not in _ONE_PASS:
