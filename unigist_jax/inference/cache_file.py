@@ -57,8 +57,8 @@ def check_has_gists(model: Llama) -> None:
     """Raises ValueError for a model that was trained for another cache than one of gists."""
     if model.config.attention != "gist":
         raise ValueError(
-            f"this model's attention is {model.config.attention!r}: it has not learned gists, which cache files hold; take "
-            "a model trained with --config.method=unigist or activation_beacon"
+            f"this model's attention is {model.config.attention!r}: it has not learned gists, which cache files hold; "
+            "take a model trained with --config.method=unigist or activation_beacon"
         )
 
 
