@@ -109,10 +109,7 @@ def _check(methods: list[str], layouts: dict[str, GistLayout], chunk_size: int, 
             check_chunk_size(chunk_size, layouts[method])
     if "helmet" in suites:
         for entry in _HELMET.value or [""]:
-            category, _, file = entry.partition("=")
-            if category not in helmet.CATEGORIES or not file:
-                known = ", ".join(helmet.CATEGORIES)
-                raise ValueError(f"--helmet={entry}: write it as CATEGORY=FILE, CATEGORY one of {known}")
+            helmet.source(entry)
     if "boundary" in suites:
         for method, layout in layouts.items():
             layout.num_units(lengths[-1])
@@ -169,17 +166,17 @@ def _boundary(evaluation: Evaluation) -> dict:
 
 def _helmet(evaluation: Evaluation) -> dict:
     loaded, results = evaluation.loaded, {}
-    for entry in _HELMET.value:
-        category, _, file = entry.partition("=")
-        records = helmet.read_helmet(Path(file), category, _HELMET_RECORDS.value)
+    for category, file in map(helmet.source, _HELMET.value):
+        records = helmet.read_helmet(file, category, _HELMET_RECORDS.value)
         for method, layout in evaluation.layouts.items():
-            name = f"{category}, {helmet.short_name(Path(file))}, {method}"
+            name = f"{category}, {helmet.short_name(file)}, {method}"
             chat = {"chat": _HELMET_CHAT.value}
             ask = functools.partial(helmet.evaluate_helmet, loaded.model, loaded.tokenizer, records, category, **chat)
-            options = chat | {"file": file}
+            options = chat | {"file": str(file)}
             samples = _logged(evaluation, "helmet", name, len(records), method, layout, ask, options)
             metric, score = helmet.CATEGORIES[category].metric, helmet.mean_score(samples)
-            results[name] = {"category": category, "file": file, "method": method, "metric": metric, "score": score}
+            asked = {"category": category, "file": str(file), "method": method}
+            results[name] = asked | {"metric": metric, "score": score}
             print(f"helmet, {name}: {metric} {score:.1f} of {len(samples)} records")
     table = helmet.table(results.values())
     (evaluation.directory / "helmet.md").write_text(table)

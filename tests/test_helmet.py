@@ -11,7 +11,7 @@ from chat_tokenizer import write_chat_tokenizer
 
 from unigist_jax.data import Tokenizer
 from unigist_jax.evals import metrics
-from unigist_jax.evals.helmet import CATEGORIES, encoded, mean_score, read_helmet, table
+from unigist_jax.evals.helmet import CATEGORIES, encoded, mean_score, read_helmet, source, table
 from unigist_jax.layout import GistLayout
 from unigist_jax.model import LlamaConfig, init_llama
 
@@ -60,6 +60,18 @@ def test_bad_records_are_named(tmp_path):
         read_helmet(lines(tmp_path / "x", good, {"question": "q", "answers": []}), "rag")
     with pytest.raises(ValueError, match="holds no record"):
         read_helmet(lines(tmp_path / "y"), "rag")
+
+
+def test_sources_are_checked_before_any_work(tmp_path, monkeypatch):
+    file = lines(tmp_path / "z", {"context": "c", "answer": "x"})
+    assert source(f"summary={file}") == ("summary", file)
+    with pytest.raises(ValueError, match="line 1: lacks 'ctxs'"):
+        source(f"rag={file}")
+    with pytest.raises(FileNotFoundError, match="absent"):
+        source(f"rag={tmp_path}/absent")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs rouge_score; pip install -r requirements-eval\.txt"):
+        source(f"summary={file}")
 
 
 def test_the_table_has_the_mean_of_each_category_s_files():

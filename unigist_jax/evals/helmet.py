@@ -19,6 +19,7 @@ ICL and summary sets from other places at run time; export them to lines of this
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -35,13 +36,15 @@ from unigist_jax.model import Llama
 
 
 class Category(NamedTuple):
-    """What precedes the context, what asks behind it, tokens to generate, and the metric `(output, record)`."""
+    """What precedes the context, what asks behind it, tokens to generate, the metric `(output, record)`, and the
+    module that it needs, if any."""
 
     instruction: str
     question: str
     max_new_tokens: int
     metric: str
     score: Callable[[str, HelmetRecord], float]
+    module: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +77,7 @@ CATEGORIES = {
         200,
         "NDCG@5",
         lambda output, record: metrics.ranking_ndcg(output, record.labels or {}, 5),
+        "sklearn",
     ),
     "recall": Category(
         "Remember what the text says; a question about it follows.",
@@ -88,6 +92,7 @@ CATEGORIES = {
         10,
         "ROUGE-L recall",
         lambda output, record: metrics.rouge(output, record.answers, "rougeL", "recall"),
+        "rouge_score",
     ),
     "choice": Category(
         "Read the story; a question about it follows. Answer with the letter of the right option.",
@@ -109,6 +114,7 @@ CATEGORIES = {
         400,
         "ROUGE-Lsum F1",
         lambda output, record: metrics.rouge(output, record.answers, "rougeLsum", "fmeasure"),
+        "rouge_score",
     ),
 }
 
@@ -120,6 +126,23 @@ COLUMNS = {  # the paper's six, in its order
     "synthetic recall": ("recall",),
     "summary": ("summary",),
 }
+
+
+def source(entry: str) -> tuple[str, Path]:
+    """The category and the file of `CATEGORY=FILE`, once its first record has been read and its metric is there.
+
+    Raises:
+      ValueError: for an unknown category, no file, a metric whose package is not installed, and as `read_helmet`.
+      FileNotFoundError: if there is no such file.
+    """
+    category, _, file = entry.partition("=")
+    if category not in CATEGORIES or not file:
+        raise ValueError(f"--helmet={entry}: write it as CATEGORY=FILE, CATEGORY one of {', '.join(CATEGORIES)}")
+    module = CATEGORIES[category].module
+    if module and not importlib.util.find_spec(module):
+        raise ValueError(f"--helmet={entry}: its metric needs {module}; pip install -r requirements-eval.txt")
+    read_helmet(Path(file), category, 1)
+    return category, Path(file)
 
 
 def read_helmet(path: Path, category: str, most: int = 0) -> list[HelmetRecord]:
