@@ -4,8 +4,8 @@ Runs called NAME,seed=N are averaged with the run NAME.
   python -m launch.compare --sweep=runs/llama_8m-methods_8m --tasks=needle,mk2 --lengths=512,1024 --chunk_size=256
   python -m launch.compare --workdirs=runs/full,runs/unigist --output=runs/compared --training_free=
 
-Writes DIR/comparison.md, comparison.json and three plots, DIR = --output or SWEEP/comparison. The evaluations lie
-below it, and samples that are there are not computed again.
+Writes DIR/comparison.md (what each method recalls and holds, and its loss by place in a chunk), comparison.json and three
+plots, DIR = --output or SWEEP/comparison. The evaluations lie below it, and samples that are there are not computed again.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from absl import flags
 
 from launch.flags import run_main
 from unigist_jax.evals import comparison, plots
+from unigist_jax.evals.comparison import FULL
 from unigist_jax.inference.methods import TRAINING_FREE
 from unigist_jax.sweeps.state import SweepDirectory
 from unigist_jax.training.metrics import read_metrics
-
-FULL = "full"
 
 _SWEEP = flags.DEFINE_string("sweep", None, "directory of launch.sweep")
 _WORKDIRS = flags.DEFINE_list("workdirs", None, "work directories of launch.train, instead of a sweep's")

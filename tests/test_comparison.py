@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,20 @@ def test_the_base_reads_rows_of_every_length_in_steps_of_as_many_tokens():
 def write(path, value):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value))
+
+
+def test_losses_are_collected_by_place_in_the_chunk():
+    def row(method, *losses):
+        curve = {"position": list(range(1, 8 * len(losses), 8)), "perplexity": [math.exp(loss) for loss in losses]}
+        return {"method": method, "trained": True, "curve": curve}
+
+    rows = [row("full", *12 * [2.0]), row("beacon", 9, 9, 9, 9, 3.0, 2.5, 2.25, 2.0, 5.0, 2.5, 2.25, 2.5)]
+    assert comparison.place_table(rows, 32).splitlines() == [
+        "| nats above full attention | places 1 to 8 | places 9 to 16 | places 17 to 32 |",
+        "| --- | --- | --- | --- |",
+        "| beacon | +2.000 | +0.500 | +0.250 |",
+    ]
+    assert comparison.place_table(rows[1:], 32) == comparison.place_table(rows, 36) == ""
 
 
 def test_runs_are_called_as_their_directories():

@@ -7,7 +7,9 @@ NAME from another seed: the table has their mean and how far they lie apart.
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -20,6 +22,7 @@ from unigist_jax.evals import plots
 from unigist_jax.training.metrics import read_metrics
 
 SEED = re.compile(r",seed=\d+")
+FULL = "full"
 
 
 def without_seed(name: str) -> str:
@@ -122,6 +125,40 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
+def place_table(rows: Sequence[Mapping[str, Any]], chunk_size: int) -> str:
+    """How far each method's held-out loss lies above full attention's, by place in a chunk: a table in nats a token.
+
+    Places are counted from the chunk's first raw, which predicts place 1, over all chunks but the first, of which
+    nothing was dropped. Of several seeds the mean. Empty without a row of full attention, and where the curves' buckets
+    are no parts of a chunk.
+    """
+    curves = {name: mean_row(group)["curve"] for name, group in by_method(rows).items() if "curve" in group[0]}
+    if FULL not in curves:
+        return ""
+    step = int(curves[FULL]["position"][1] - curves[FULL]["position"][0])
+    if chunk_size % step:
+        return ""
+    losses = {name: _loss_by_place(curve, step, chunk_size) for name, curve in curves.items()}
+    edges = [0, *(step << i for i in range((chunk_size // step).bit_length() - 1)), chunk_size]
+    spans = [(begin, end) for begin, end in itertools.pairwise(edges) if begin < end]
+    lines = [["nats above full attention", *(f"places {begin + 1} to {end}" for begin, end in spans)]]
+    lines.append(["---"] * len(lines[0]))
+    for name, of in losses.items():
+        if name != FULL:
+            above = [[of[place] - losses[FULL][place] for place in of if begin < place <= end] for begin, end in spans]
+            lines.append([name, *(f"{statistics.fmean(values):+.3f}" for values in above)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _loss_by_place(curve: Mapping[str, Sequence[float]], step: int, chunk_size: int) -> dict[int, float]:
+    """Mean loss (nats) of the buckets of `step` positions by the last place in the chunk that they cover."""
+    losses: dict[int, list[float]] = {}
+    for first, perplexity in zip(curve["position"], curve["perplexity"], strict=True):
+        if first > chunk_size:
+            losses.setdefault(int(first - 1) % chunk_size + step, []).append(math.log(perplexity))
+    return {place: statistics.fmean(values) for place, values in losses.items()}
+
+
 def _shown(values: Sequence[float | None], form: str) -> str:
     if None in values:
         return ""
@@ -130,8 +167,8 @@ def _shown(values: Sequence[float | None], form: str) -> str:
 
 
 def write(rows: Sequence[Mapping[str, Any]], chunk_size: int, directory: Path) -> str:
-    """Writes comparison.json, comparison.md and the plots; returns the table."""
-    table = markdown(rows)
+    """Writes comparison.json, comparison.md and the plots; returns the tables."""
+    table = "\n".join(filter(None, (markdown(rows), place_table(rows, chunk_size))))
     (directory / "comparison.json").write_text(json.dumps(list(rows), indent=1) + "\n")
     (directory / "comparison.md").write_text(table)
     means = {name: mean_row(group) for name, group in by_method(rows).items()}
