@@ -4,8 +4,9 @@ Runs called NAME,seed=N are averaged with the run NAME.
   python -m launch.compare --sweep=runs/llama_8m-methods_8m --tasks=needle,mk2 --lengths=512,1024 --chunk_size=256
   python -m launch.compare --workdirs=runs/full,runs/unigist --output=runs/compared --training_free=
 
-Writes DIR/comparison.md (what each method recalls and holds, and its loss by place in a chunk), comparison.json and three
-plots, DIR = --output or SWEEP/comparison. The evaluations lie below it, and samples that are there are not computed again.
+Writes DIR/comparison.md (what each method recalls and holds, and its loss by place in a chunk), comparison.json and
+three plots, DIR = --output or SWEEP/comparison. The evaluations lie below it, and samples that are there are not
+computed again.
 """
 
 from __future__ import annotations
