@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -156,3 +157,24 @@ def test_the_harness_scores_a_local_task(tmp_path):
             logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
             expected = sum(logits[i - 1, whole[i]] for i in range(len(prompt), len(whole)))
             assert float(value) == pytest.approx(expected, rel=1e-4)
+
+    def greedy(text, count):
+        tokens = tokenizer.encode(text, bos=True).tolist()
+        begin = len(tokens)
+        while len(tokens) < begin + count:
+            padded = np.zeros((1, 32), np.int32)
+            padded[0, : len(tokens)] = tokens
+            tokens.append(int(model(jnp.asarray(padded))[0, len(tokens) - 1].argmax()))
+        return tokenizer.decode(tokens[begin:])
+
+    whole = greedy("w1 w2", 6)
+    stop = whole[len(whole) // 2]
+    asked = [
+        ("w1 w2", {"max_gen_toks": 6}),
+        ("w1 w2", {"max_gen_toks": 6, "until": [stop]}),
+        ("w3", {"max_gen_toks": 2}),
+    ]
+    texts = harness.generate_until([SimpleNamespace(args=args) for args in asked])
+    assert texts == [whole, whole[: whole.index(stop)], greedy("w3", 2)]
+    with pytest.raises(ValueError, match="generation is greedy here"):
+        harness.generate_until([SimpleNamespace(args=("w1", {"do_sample": True, "temperature": 0.7}))])

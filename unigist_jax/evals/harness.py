@@ -68,10 +68,12 @@ class HarnessModel(LM):
         return [total for total, _ in self._in_order(pairs, self._score_batch)]
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """Greedy text of each request, cut before the first of its stop strings."""
+        """Greedy text of each request, cut before the first of its stop strings; ValueError if asked to sample."""
         prepared = []
         for request in requests:
             context, options = request.args
+            if options.get("do_sample") and options.get("temperature", 1.0):
+                raise ValueError(f"generation is greedy here, and a task asks for {options}; give it do_sample: false")
             until = options.get("until") or []
             until = (until,) if isinstance(until, str) else tuple(until)
             prepared.append((self._encode(context), (until, int(options.get("max_gen_toks", MAX_NEW_TOKENS)))))
