@@ -174,7 +174,8 @@ def write(rows: Sequence[Mapping[str, Any]], chunk_size: int, directory: Path) -
     means = {name: mean_row(group) for name, group in by_method(rows).items()}
     curves = {name: row["curve"] for name, row in means.items() if "curve" in row}
     plots.plot_by_position(curves, chunk_size, directory / "perplexity_by_position.png")
-    by_depth = {name: row["by_depth"] for name, row in means.items()}
+    tasks = list(rows[0]["by_depth"])
+    by_depth = {name: {task: row["by_depth"][task] for task in tasks} for name, row in means.items()}
     trained = {name for name, row in means.items() if row["trained"]}
     plots.plot_recall_by_distance(by_depth, trained, directory / "recall_by_distance.png")
     return table
