@@ -38,7 +38,8 @@ from absl import flags
 
 from launch import attention_report, peers
 from launch.by_turns import Case, Group, compiled, measured
-from launch.flags import run_main
+from launch.flags import output_folder, run_main, whole_numbers
+from launch.markdown import read_figures
 from launch.timing import (
     PARTS,
     Contender,
@@ -50,7 +51,7 @@ from launch.timing import (
     normals,
     warm_up,
 )
-from pallas_kernels.backends import BACKENDS, choose, usable_backends
+from pallas_kernels.backends import check_runs_here, choose, usable_backends
 from pallas_kernels.decode_attention import decode_attention, padded_slots
 from pallas_kernels.gist_attention import GistKV
 from unigist_jax.layout import GistLayout, unit_starts
@@ -231,11 +232,14 @@ def document_group(ratio: int, backend: str) -> Group:
 
 def all_groups(backends: list[str]) -> list[Group]:
     """Every measurement that the flags ask for, the most telling first."""
-    lengths, more, ratios, flex_lengths, shape_lengths = (
-        [int(x) for x in flag.value] for flag in (LENGTHS, MORE_LENGTHS, RATIOS, FLEX_LENGTHS, SHAPE_LENGTHS)
+    lengths, more, ratios, flex_lengths, shape_lengths = map(
+        whole_numbers, (LENGTHS, MORE_LENGTHS, RATIOS, FLEX_LENGTHS, SHAPE_LENGTHS)
     )
+    for length in (*lengths, *more, *flex_lengths, *shape_lengths):
+        for ratio in ratios:
+            layout_of(ratio).num_units(length)
     groups = [attention_group(length, ratios, heads(), backends, fold=True) for length in lengths]
-    decodes = [decode_case(int(batch), backend) for batch in DECODE.value for backend in backends]
+    decodes = [decode_case(batch, backend) for batch in whole_numbers(DECODE) for backend in backends]
     groups += [Group("decode", "copy", decodes)] if decodes else []
     groups += [document_group(ratios[0], backends[0])] if DOCUMENTS.value else []
     groups += [flex_group(length, ratios, backends) for length in flex_lengths if "flex" in PEERS.value]
@@ -260,9 +264,7 @@ def checked_backends() -> list[str]:
     """Those of the flags. Raises ValueError for one that cannot run here, an unknown peer or a bad shape."""
     backends = BACKEND.value or usable_backends()[:1]
     for name in backends:
-        if name not in usable_backends():
-            reason = BACKENDS[name].obstacle(jax.devices()[0]) if name in BACKENDS else "is no backend"
-            raise ValueError(f"--backends={name}: {reason}; usable here: {', '.join(usable_backends())}")
+        check_runs_here(name)
     if unknown := set(PEERS.value) - {"cudnn", "folded", "flex"}:
         raise ValueError(f"--peers={','.join(sorted(unknown))}: choose among cudnn, folded, flex")
     for shape in SHAPES.value:
@@ -270,13 +272,11 @@ def checked_backends() -> list[str]:
     return backends
 
 
-def out_directory() -> Path:
-    """That of --out, made. Raises ValueError where the flag is missing."""
+def out_folder() -> Path:
+    """That of --out. Raises ValueError where the flag is missing."""
     if not OUT.value:
-        raise ValueError("--out is missing: the directory for the results")
-    out = Path(OUT.value)
-    out.mkdir(parents=True, exist_ok=True)
-    return out
+        raise ValueError("--out is missing: the folder for the results")
+    return output_folder(OUT.value)
 
 
 def save(result: dict, out: Path) -> None:
@@ -291,12 +291,13 @@ def main(_: list[str]) -> None:
         attention_report.REPORT.write(Path(RENDER.value), Path(INTO.value) if INTO.value else None)
         return
     if MERGE.value:
-        save(attention_report.merged([json.loads(Path(x).read_text()) for x in MERGE.value]), out_directory())
+        save(attention_report.merged([read_figures(Path(x)) for x in MERGE.value]), out_folder())
         return
     if jax.default_backend() != "gpu":
         raise ValueError(f"this benchmark times GPU kernels; this is {jax.devices()[0].device_kind}")
     backends = checked_backends()
-    out = out_directory() if OUT.value else None
+    groups = all_groups(backends)
+    out = out_folder() if OUT.value else None
     warm_up()
     result = {
         "commands": [" ".join(["python -m launch.bench_attention", *(x for x in sys.argv[1:] if "--out" not in x)])],
@@ -309,7 +310,6 @@ def main(_: list[str]) -> None:
     }
     print(result, flush=True)
     end = time.perf_counter() + (BUDGET.value or math.inf)
-    groups = all_groups(backends)
     prepared = compiled(groups, COMPILE_THREADS.value)
     warm_up()
     for group, rows, state in measured(groups, prepared, REPEATS.value, end):

@@ -33,8 +33,10 @@ from typing import Any
 from absl import flags
 
 from launch import inference_report
-from launch.flags import run_main
+from launch.flags import output_folder, run_main, whole_numbers
 from launch.inference_case import Case, device_memory, parse_system
+from launch.markdown import read_figures
+from unigist_jax.model.shapes import SHAPES
 
 RESULT = "bench_inference.json"
 QUICK_AUTOTUNING = "--xla_gpu_autotune_level=2"  # times what 4, the default, does, but does not check the results
@@ -72,15 +74,14 @@ def main(_: list[str]) -> None:
         return
     if not _OUT.value:
         raise ValueError("--out is missing: the directory for the results (or --render=FILE for tables alone)")
-    out = Path(_OUT.value)
-    out.mkdir(parents=True, exist_ok=True)
-    file = out / RESULT
-    before = json.loads(file.read_text()) if _RESUME.value and file.exists() else {"commands": [], "records": []}
+    planned = list(cases())
+    file = output_folder(_OUT.value) / RESULT
+    before = read_figures(file) if _RESUME.value and file.exists() else {"commands": [], "records": []}
     records, command = before["records"], " ".join(["python -m launch.bench_inference", *sys.argv[1:]])
     commands = [*before["commands"], command]
     start, fitting = time.perf_counter(), set()
     with tempfile.TemporaryDirectory() as scratch:
-        for case in cases():
+        for case in planned:
             known = next((record for record in records if record["name"] == case.name), None)
             if known and "error" not in known:
                 continue
@@ -100,8 +101,12 @@ def main(_: list[str]) -> None:
 
 
 def cases() -> Iterator[Case]:
-    """What the flags ask for, the most important first."""
-    contexts, systems = [int(context) for context in _CONTEXTS.value], [parse_system(s) for s in _SYSTEMS.value]
+    """What the flags ask for, the most important first. Raises ValueError for what none of them can be."""
+    contexts, systems = whole_numbers(_CONTEXTS), [parse_system(s) for s in _SYSTEMS.value]
+    if _SHAPE.value != "tiny" and _SHAPE.value not in SHAPES:
+        raise ValueError(f"--shape={_SHAPE.value} is unknown; choose among tiny, {', '.join(SHAPES)}")
+    if not contexts:
+        raise ValueError("--contexts is empty; give the tokens of a prompt, such as 65536")
     common = {"shape": _SHAPE.value, "new_tokens": _NEW_TOKENS.value, "rounds": _ROUNDS.value}
     ours = [(system, ratio) for system, ratio in systems if system in ("unigist", "full")]
     for suite in _SUITES.value:
@@ -114,15 +119,15 @@ def cases() -> Iterator[Case]:
             for system, ratio in ours:
                 yield Case(system, "decode", ratio, context=contexts[0], batch=0, **common)
         elif suite == "chunks":
-            sizes = tuple(int(size) for size in _CHUNK_SIZES.value)
+            sizes = tuple(whole_numbers(_CHUNK_SIZES))
             for system, ratio in ours:
                 if ratio:
                     yield Case(system, "chunks", ratio, context=contexts[0], chunk_sizes=sizes, **common)
         elif suite == "limit":
             for system, ratio in ours:
-                for tokens in _LIMIT_TOKENS.value if ratio else ():
+                for tokens in whole_numbers(_LIMIT_TOKENS) if ratio else ():
                     # whole chunks, and room behind them for what is generated
-                    context = int(tokens) * ratio - _LIMIT_CHUNK.value
+                    context = tokens * ratio - _LIMIT_CHUNK.value
                     limit = {"memory_gib": _LIMIT_GIB.value, "chunk_sizes": (_LIMIT_CHUNK.value,)}
                     yield Case(system, "limit", ratio, context=context, **limit, **common)
         else:

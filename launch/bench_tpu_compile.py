@@ -27,7 +27,7 @@ from jax.experimental import topologies
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import SingleDeviceSharding
 
-from launch.flags import run_main
+from launch.flags import run_main, whole_numbers
 from pallas_kernels.backends import compiling_for
 from pallas_kernels.gist_attention import GistKV, gist_attention
 from unigist_jax.layout import GistLayout
@@ -134,7 +134,8 @@ def table_line(row: dict) -> str:
 
 def main(_: list[str]) -> None:
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
-    lengths, ratios, dims = ([int(x) for x in flag.value] for flag in (LENGTHS, RATIOS, DIMS))
+    lengths, ratios, dims = map(whole_numbers, (LENGTHS, RATIOS, DIMS))
+    devices = {chip: device_of(chip) for chip in CHIPS.value}
     result = {
         "command": " ".join(["python -m launch.bench_tpu_compile", *sys.argv[1:]]),
         "jax": jax.__version__,
@@ -156,8 +157,7 @@ def main(_: list[str]) -> None:
         "|---" * 8 + "|",
         sep="\n",
     )
-    for chip in CHIPS.value:
-        device = device_of(chip)
+    for chip, device in devices.items():
         place = SingleDeviceSharding(device)
 
         def shaped(*shape, place=place):

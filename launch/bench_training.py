@@ -25,14 +25,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from absl import flags
 
-from launch.flags import run_main
+from launch.flags import output_folder, run_main, whole_numbers
 from unigist_jax.config import DataConfig, MeshConfig, OptimConfig, RunConfig, TrainConfig
 from unigist_jax.layout import GistLayout
 from unigist_jax.model import LlamaConfig
@@ -186,18 +185,20 @@ class Case:
 
 def find_cases() -> list[Case]:
     """The cases of the flags. Raises ValueError if the lists do not belong together."""
-    lengths = [int(x) for x in LENGTHS.value]
-    ratios = [*([None] if FULL.value else []), *map(int, RATIOS.value)]
+    lengths, all_steps = whole_numbers(LENGTHS), whole_numbers(STEPS)
+    ratios = [*([None] if FULL.value else []), *whole_numbers(RATIOS)]
+    if not lengths or not ratios:
+        raise ValueError("nothing to time: give --lengths, and --ratios or --full")
     for name, values in (("remat", REMAT.value), ("steps", STEPS.value)):
         if len(values) != len(lengths):
             raise ValueError(f"--{name}={','.join(values)}: give one for each of --lengths={','.join(LENGTHS.value)}")
     cases = []
-    for length, entry, steps in zip(lengths, REMAT.value, STEPS.value, strict=True):
+    for length, entry, steps in zip(lengths, REMAT.value, all_steps, strict=True):
         policies = entry.split("+")
         if len(policies) not in (1, len(ratios)):
             raise ValueError(f"--remat={entry}: give one policy, or {len(ratios)} joined by +, as there are cases")
         policies = policies * len(ratios) if len(policies) == 1 else policies
-        cases += [Case(length, ratio, remat, int(steps)) for ratio, remat in zip(ratios, policies, strict=True)]
+        cases += [Case(length, ratio, remat, steps) for ratio, remat in zip(ratios, policies, strict=True)]
     return cases
 
 
@@ -231,6 +232,7 @@ def attempt(function: Callable[..., dict], *arguments: Any, **options: Any) -> d
 
 def main(_: list[str]) -> None:
     cases = find_cases()
+    folder = output_folder(OUT.value) if OUT.value else None
     target = find_target(TOPOLOGY.value) if TOPOLOGY.value else None
     result = {
         "command": " ".join(["python -m launch.bench_training", *sys.argv[1:]]),
@@ -245,9 +247,7 @@ def main(_: list[str]) -> None:
     for case, row in results(cases, target):
         result["rows"].append({"length": case.length, "ratio": case.ratio, "remat": case.remat, **row})
         print(describe(row) if "target" in row else table(result["rows"]).splitlines()[-1], flush=True)
-        if OUT.value:
-            folder = Path(OUT.value)
-            folder.mkdir(parents=True, exist_ok=True)
+        if folder:
             (folder / "bench_training.json").write_text(json.dumps(result, indent=1) + "\n")
             if not target:
                 (folder / "bench_training.md").write_text(table(result["rows"]) + "\n")

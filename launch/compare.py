@@ -17,8 +17,8 @@ from pathlib import Path
 
 from absl import flags
 
-from launch.flags import run_main
-from unigist_jax.evals import comparison, plots
+from launch.flags import run_main, whole_numbers
+from unigist_jax.evals import comparison, plots, recall
 from unigist_jax.evals.comparison import FULL
 from unigist_jax.inference.methods import TRAINING_FREE
 from unigist_jax.sweeps.state import SweepDirectory
@@ -44,6 +44,10 @@ def _one_source(values: dict) -> bool:
 
 
 def main(_: list[str]) -> None:
+    for flag, known in ((_TASKS, recall.TASKS), (_METHODS, TRAINING_FREE)):
+        if unknown := sorted(set(flag.value) - set(known)):
+            raise ValueError(f"--{flag.name}: unknown {unknown}; choose among {sorted(known)}")
+    whole_numbers(_LENGTHS)
     workdirs = runs_of_sweep(Path(_SWEEP.value)) if _SWEEP.value else comparison.named(_WORKDIRS.value)
     output = Path(_OUTPUT.value) if _OUTPUT.value else Path(_SWEEP.value) / "comparison"
     if _METHODS.value and FULL not in map(comparison.without_seed, workdirs):

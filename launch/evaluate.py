@@ -23,7 +23,7 @@ from typing import NamedTuple
 from absl import flags
 from tqdm import tqdm
 
-from launch.flags import define_workdir, output_directory, run_main
+from launch.flags import define_workdir, output_folder, run_main, whole_numbers
 from unigist_jax.checkpoints import Loaded, load_directory
 from unigist_jax.data.from_config import heldout_rows, recall_filler, texts
 from unigist_jax.evals import helmet, perplexity, plots, recall
@@ -71,20 +71,21 @@ class Evaluation(NamedTuple):
 def main(_: list[str]) -> None:
     choices = ("suite", _SUITE.value, SUITES), ("method", _METHOD.value, METHODS), ("tasks", _TASKS.value, recall.TASKS)
     for name, chosen, known in choices:
+        if chosen == []:
+            raise ValueError(f"--{name} is empty; choose among {sorted(known)}, or leave it out")
         unknown = sorted(set(chosen or ()) - set(known))
         if unknown:
             raise ValueError(f"--{name}: unknown {unknown}; choose among {sorted(known)}")
-    try:
-        lengths = sorted(int(length) for length in _LENGTHS.value)
-    except ValueError:
-        raise ValueError(f"--lengths={','.join(_LENGTHS.value)} must be whole numbers, such as 1024,2048") from None
+    lengths = sorted(whole_numbers(_LENGTHS))
+    if not lengths:
+        raise ValueError("--lengths is empty; give whole numbers, such as 1024,2048, or leave it out")
     loaded = load_directory(_WORKDIR.value)
     model = loaded.model
     methods = _METHOD.value or [trained_method(model.config, model.layout)]
     layouts = {method: evaluation_layout(model, method, _RATIO.value) for method in methods}
     chunk_size = _CHUNK_SIZE.value or model.layout.chunk or CHUNK_SIZE
     _check(methods, layouts, chunk_size, lengths)
-    directory = output_directory(_OUTPUT.value, _WORKDIR.value, "eval")
+    directory = output_folder(_OUTPUT.value or Path(_WORKDIR.value) / "eval")
     ratio = _RATIO.value or model.layout.ratio
     setting = {"workdir": _WORKDIR.value, "step": loaded.step, "ratio": ratio, "window": layouts[methods[0]].window}
     evaluation = Evaluation(loaded, layouts, chunk_size, lengths, directory, setting)
@@ -188,27 +189,22 @@ def _recall(evaluation: Evaluation) -> dict:
     loaded, results = evaluation.loaded, {}
     filler = recall_filler(loaded.data, "heldout", loaded.tokenizer)
     digits = _DIGITS.value or loaded.data.recall_digits
-    for length in evaluation.lengths:
-        for task in _TASKS.value:
-            records = recall.make_records(
-                loaded.tokenizer,
-                task=task,
-                length=length,
-                count=_RECORDS.value,
-                filler=filler,
-                digits=digits,
-                values=loaded.data.recall_values,
+    drawn = {"count": _RECORDS.value, "filler": filler, "digits": digits, "values": loaded.data.recall_values}
+    records = {  # all of them first: a length may be too short for a task
+        (task, length): recall.make_records(loaded.tokenizer, task=task, length=length, **drawn)
+        for length in evaluation.lengths
+        for task in _TASKS.value
+    }
+    for (task, length), asked in records.items():
+        for method, layout in evaluation.layouts.items():
+            name = f"{task}, {length}, {method}"
+            ask = functools.partial(recall.evaluate_recall, loaded.model, loaded.tokenizer, asked)
+            samples = _logged(evaluation, "recall", name, len(asked), method, layout, ask, {"digits": digits})
+            result = results[name] = recall.summarize(samples) | {"task": task, "length": length, "method": method}
+            print(
+                f"recall, {name}: {result['accuracy']:.3f} of {len(samples)} records, "
+                f"{result['token_accuracy']:.3f} of their answers' tokens, {result['cache_bytes']:,.0f} bytes a cache"
             )
-            for method, layout in evaluation.layouts.items():
-                name = f"{task}, {length}, {method}"
-                ask = functools.partial(recall.evaluate_recall, loaded.model, loaded.tokenizer, records)
-                samples = _logged(evaluation, "recall", name, len(records), method, layout, ask, {"digits": digits})
-                result = results[name] = recall.summarize(samples) | {"task": task, "length": length, "method": method}
-                print(
-                    f"recall, {name}: {result['accuracy']:.3f} of {len(samples)} records, "
-                    f"{result['token_accuracy']:.3f} of their answers' tokens, "
-                    f"{result['cache_bytes']:,.0f} bytes a cache"
-                )
     plots.plot_recall(results, evaluation.directory / "recall.png")
     (evaluation.directory / "recall.md").write_text(recall.markdown(results.values()))
     return {"seed": recall.TEST_SEED, "results": results}

@@ -137,8 +137,8 @@ def tensor_mesh(devices: int) -> Iterator[Mesh | None]:
         yield mesh
 
 
-def output_directory(value: str | None, workdir: str, name: str) -> Path:
-    """The directory of a command's results, made if absent: `value`, or `name` in the work directory."""
-    directory = Path(value) if value else Path(workdir) / name
-    directory.mkdir(parents=True, exist_ok=True)
-    return directory
+def output_folder(path: str | Path) -> Path:
+    """The folder of a command's results, made if absent."""
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -28,6 +28,14 @@ def marks(raw: Path, page: Path) -> tuple[str, str]:
     return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
 
 
+def read_figures(file: Path) -> Any:
+    """The raw figures of a benchmark. Raises ValueError naming a file that is no JSON."""
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} holds no figures of a benchmark ({error}); name its raw JSON") from error
+
+
 @dataclasses.dataclass(frozen=True)
 class Report:
     """How a benchmark's figures are shown.
@@ -48,7 +56,7 @@ class Report:
         Raises:
           ValueError: if the file has not both marks.
         """
-        result, image = json.loads(raw.read_text()), raw.with_suffix(".png")
+        result, image = read_figures(raw), raw.with_suffix(".png")
         text = self.tables(result)
         print(text)
         if into:

@@ -9,6 +9,7 @@ Run the same command again to go on with what is not finished. docs/sweeps.md sa
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -135,6 +136,8 @@ def dry_run(directory: SweepDirectory) -> None:
 
 
 def run_local(directory: SweepDirectory, console: Console) -> None:
+    if wrong := [gpu for gpu in _GPUS.value or () if not re.fullmatch(r"\d+|(GPU|MIG)-.+", gpu)]:
+        raise ValueError(f"--gpus={','.join(_GPUS.value)}: {wrong[0]!r} is no GPU; give numbers or UUIDs, such as 0,1")
     places = slots(visible_gpus() if _GPUS.value is None else _GPUS.value, _JOBS.value)
     with directory.locked() as lock:
         records, waiting = planned(directory, at_work=False)

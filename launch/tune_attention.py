@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +19,9 @@ from absl import flags
 
 from launch import bench_attention as bench
 from launch.by_turns import first_line
-from launch.flags import run_main
+from launch.flags import run_main, whole_numbers
 from launch.timing import milliseconds, normals, with_backward
-from pallas_kernels.backends import BACKENDS, usable_backends
+from pallas_kernels.backends import check_runs_here
 from pallas_kernels.gist_attention import GistKV
 from unigist_jax.layout import GistLayout, unit_starts
 
@@ -129,19 +128,16 @@ def tune_triton(length: int, ratio: int) -> Iterator[dict]:
 
 
 def main(_: list[str]) -> None:
-    if BACKEND.value not in usable_backends():
-        raise ValueError(f"--backend={BACKEND.value} {BACKENDS[BACKEND.value].obstacle(jax.devices()[0])}")
+    check_runs_here(BACKEND.value)
     tune = {"hopper": tune_hopper, "triton": tune_triton}[BACKEND.value]
     rows = []
-    for length in map(int, bench.LENGTHS.value):
-        for ratio in map(int, bench.RATIOS.value):
+    for length in whole_numbers(bench.LENGTHS):
+        for ratio in whole_numbers(bench.RATIOS):
             for row in tune(length, ratio):
                 print(row, flush=True)
                 rows.append(row)
     if bench.OUT.value:
-        out = Path(bench.OUT.value)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / f"tune_{BACKEND.value}.json").write_text(json.dumps(rows, indent=1))
+        (bench.out_folder() / f"tune_{BACKEND.value}.json").write_text(json.dumps(rows, indent=1))
     print()
     best = sorted((r for r in rows if "ms" in r), key=lambda r: (r["length"], r["ratio"], r["kernel"], r["ms"]))
     for row in best:

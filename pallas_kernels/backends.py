@@ -119,6 +119,14 @@ def check_name(name: str | None) -> None:
         raise ValueError(f"unknown attention backend {name!r}; choose one of {sorted(BACKENDS)} or None")
 
 
+def check_runs_here(name: str | None) -> None:
+    """Raises ValueError for a backend that cannot run on the target device, with the reason and those that can."""
+    check_name(name)
+    reason = None if name is None else BACKENDS[name].obstacle(target_device())
+    if reason is not None:
+        raise ValueError(f'backend="{name}" {reason}; here {", ".join(usable_backends())} or None can be used')
+
+
 def choose(name: str | None, q, kv, layout, decode: bool = False) -> tuple[str, ModuleType]:
     """The backend that computes these arguments here: its name and its module.
 

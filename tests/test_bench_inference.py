@@ -101,12 +101,15 @@ def test_report(records, tmp_path):
 
 
 def test_the_parent_records_what_fails_and_goes_on(tmp_path):
-    """A model that does not exist, then one that takes too long to start at all."""
+    """More devices than there are, then a case that takes too long to start at all."""
     command = [sys.executable, "-m", "launch.bench_inference", f"--out={tmp_path}", "--suites=latency", "--resume"]
-    command += ["--contexts=64", "--systems=full", "--platform=cpu"]
+    command += ["--contexts=64", "--systems=full", "--platform=cpu", "--shape=tiny", "--tensor=16"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    for flags, error in ((["--shape=gpt5"], "KeyError: 'gpt5'"), (["--timeout=1"], "took more than --timeout=1 s")):
+    for flags, error in (([], "needs 16 devices, but there are"), (["--timeout=1"], "took more than --timeout=1 s")):
         subprocess.run([*command, *flags], env=environment, check=True, capture_output=True)
         result = json.loads((tmp_path / "bench_inference.json").read_text())
-        assert [(r["name"], r["error"]) for r in result["records"]] == [("full-latency-64-b1", error)]
+        (record,) = result["records"]
+        assert record["name"] == "full-latency-64-b1-16devices" and error in record["error"]
     assert len(result["commands"]) == 2
+    finished = subprocess.run([*command, "--shape=gpt5"], env=environment, check=False, capture_output=True, text=True)
+    assert finished.returncode == 2 and "error: --shape=gpt5 is unknown; choose among tiny" in finished.stderr

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -107,7 +108,11 @@ class OptimConfig:
             self.state_dtype in ("float32", "bfloat16"),
             f"optim.state_dtype={self.state_dtype!r} is unknown; choose 'float32' or 'bfloat16'",
         )
-        _require(self.peak_lr > 0, f"optim.peak_lr={self.peak_lr} must be positive")
+        _require(0 < self.peak_lr < math.inf, f"optim.peak_lr={self.peak_lr} must be positive and finite")
+        for name in ("b1", "b2"):
+            _require(0 <= getattr(self, name) < 1, f"optim.{name}={getattr(self, name)} must be at least 0 and below 1")
+        _require(self.eps > 0, f"optim.eps={self.eps} must be positive")
+        _require(self.weight_decay >= 0, f"optim.weight_decay={self.weight_decay} must be at least 0")
         _require(self.warmup_steps >= 0, f"optim.warmup_steps={self.warmup_steps} must be at least 0")
         _require(0 <= self.final_fraction <= 1, f"optim.final_fraction={self.final_fraction} must be between 0 and 1")
         _require(self.clip_norm > 0, f"optim.clip_norm={self.clip_norm} must be positive")

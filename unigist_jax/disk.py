@@ -61,8 +61,8 @@ def check_file(path: str | os.PathLike) -> None:
 
 
 def read_text(path: str | os.PathLike) -> str:
-    """The text of a UTF-8 file. Raises ValueError naming a file that is none."""
+    """The text of a UTF-8 file, ends of lines as they are. Raises ValueError naming a file of another kind."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}); convert it to UTF-8") from error
+        raise ValueError(f"{path} is not UTF-8 text ({error}); convert it to UTF-8 or leave it out") from error

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from unigist_jax.disk import read_text
+
 if TYPE_CHECKING:
     import datasets
 
@@ -138,11 +140,10 @@ def _read_documents(files: list[SourceFile], skip_undecodable: bool) -> datasets
 
 def _read_text(file: SourceFile, skip_undecodable: bool) -> Iterator[tuple[str, str]]:
     try:
-        yield file.name, file.path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        if skip_undecodable:
-            return
-        raise ValueError(f"{file.path} is not UTF-8 text ({error}); convert it to UTF-8 or leave it out") from error
+        yield file.name, read_text(file.path)
+    except ValueError:
+        if not skip_undecodable:
+            raise
 
 
 def _read_rows(file: SourceFile) -> Iterator[tuple[str, str | None]]:

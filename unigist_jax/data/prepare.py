@@ -24,6 +24,7 @@ from unigist_jax.disk import writing
 from unigist_jax.layout import GistLayout
 
 REQUEST = "request.json"
+CONFIG_FILE = "config.json"  # of a run's work directory, and of Hugging Face's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +79,8 @@ def prepare(
         if held != wanted:
             differ = [f"{key}: {held.get(key)!r}" for key in wanted if held.get(key) != wanted[key]]
             raise ValueError(f"{output} holds rows of another request ({'; '.join(differ)}); choose another --output")
+    elif (output / CONFIG_FILE).exists():
+        raise ValueError(f"{output} holds a model ({CONFIG_FILE}), and rows want a folder of their own; choose another")
     parts = find_parts(request.source)
     with writing(output):
         for split in SPLITS:

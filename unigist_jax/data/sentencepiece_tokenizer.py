@@ -30,6 +30,8 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, model: bytes):
         """From the contents of a model file. Raises ValueError if it is none, or has no document ends or bytes."""
+        if not model:
+            raise ValueError("an empty file")
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
             self.vocab_size = self._processor.vocab_size()

@@ -24,6 +24,7 @@ from unigist_jax.data.conversations import conversation_of, encode_conversation
 from unigist_jax.data.corpus import SourceFile, source_files, standard_library
 from unigist_jax.data.mds import INDEX_FILE, MdsShard, find_shards, read_shard
 from unigist_jax.data.tokenize import Tokenizer
+from unigist_jax.disk import read_text
 
 PART_BYTES = 32 * 2**20  # of text, about; a part is packed by one worker into one shard
 HUB_ROWS = 4096  # of a hub data set, likewise
@@ -65,9 +66,10 @@ class Reading:
 
     def __post_init__(self):
         if bool(self.prompt_column) != bool(self.response_column):
-            raise ValueError("the columns of prompt and response go together")
+            given, missing = ("prompt", "response") if self.prompt_column else ("response", "prompt")
+            raise ValueError(f"--{given}_column without --{missing}_column: a question and its answer go together")
         if "{}" not in self.prompt:
-            raise ValueError(f"the prompt {self.prompt!r} has no place '{{}}' for the column")
+            raise ValueError(f"--prompt={self.prompt!r} has no place for the question; write {{}} where it goes")
 
 
 PLAIN = Reading()
@@ -101,7 +103,8 @@ def read_part(part: Part, tokenizer: Tokenizer, reading: Reading) -> Iterator[tu
     """Name, ids and loss mask of each document of a part. Raises ValueError naming what cannot be read."""
     if part.kind == "txt":
         for file in part.files:
-            text = file.path.read_bytes().decode("utf-8", errors="replace" if "stdlib" in part.name else "strict")
+            of_stdlib = "stdlib" in part.name
+            text = file.path.read_bytes().decode(errors="replace") if of_stdlib else read_text(file.path)
             if text:
                 yield (file.name, *_encoded_text(tokenizer, text))
         return
@@ -122,7 +125,9 @@ def _documents_of(
     row: Mapping[str, Any], tokenizer: Tokenizer, reading: Reading
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     if reading.prompt_column:
-        asked, answer = row.get(reading.prompt_column), row.get(reading.response_column)
+        if absent := {reading.prompt_column, reading.response_column} - set(row):
+            raise ValueError(f"it has no column {min(absent)!r}; its columns are {', '.join(sorted(row))}")
+        asked, answer = row[reading.prompt_column], row[reading.response_column]
         if not asked or not answer:
             return
         question = {"role": "user", "content": reading.prompt.replace("{}", asked)}
@@ -141,6 +146,8 @@ def _documents_of(
     elif (messages := conversation_of(row)) is not None:
         yield encode_conversation(tokenizer, messages)
     elif "text" in row:
+        if row["text"] is not None and not isinstance(row["text"], str):
+            raise ValueError(f"its text is {row['text']!r}, of type {type(row['text']).__name__} and not a string")
         if row["text"]:
             yield _encoded_text(tokenizer, row["text"])
     else:

@@ -85,7 +85,7 @@ def _with_examples(rng: np.random.Generator, options: dict[str, Any]) -> RecallR
         record = recall_record("json_kv", rng, **options | {"num_tokens": options["num_tokens"] - room})
         others = [pair for pair in json.loads(record.context).items() if pair[1] not in record.answer]
         if len(others) < 2:
-            raise ValueError(f"num_tokens={options['num_tokens']} is too short for a JSON record with two examples")
+            raise ValueError(f"{options['num_tokens'] + 1} tokens are too few for json_kv's two examples; ask for more")
         chosen = [others[index] for index in rng.choice(len(others), 2, replace=False)]
         examples = "".join(f"{JSON_QUESTION.format(key=key)} {value}" for key, value in chosen)
         front = f"{JSON_TASK}{examples}\n\n"

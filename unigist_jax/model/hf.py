@@ -59,6 +59,27 @@ def _read_json(file: Path) -> dict[str, Any]:
     return contents
 
 
+def read_config(directory: str | os.PathLike) -> dict[str, Any]:
+    """The parsed config.json of a Hugging Face directory.
+
+    Raises:
+      FileNotFoundError: if there is none.
+      ValueError: if it is damaged, or that of a work directory of `launch.train`.
+    """
+    file = Path(directory) / CONFIG_FILE
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{file} is absent: give a local directory with the config.json and the safetensors files of a Llama model"
+        )
+    hf = _read_json(file)
+    if "model_type" not in hf and "gist" in hf:
+        raise ValueError(
+            f"{directory} is a work directory of launch.train, and a Hugging Face directory is needed: make one with "
+            f"launch.convert --input={directory}"
+        )
+    return hf
+
+
 def _weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a checkpoint. Raises FileNotFoundError naming one that is absent."""
     if (directory / WEIGHTS_FILE).is_file():
@@ -237,12 +258,7 @@ def load_hf(
         absent or has other sinks; before any weight is read, and naming the file and the remedy.
     """
     directory = Path(directory)
-    if not (directory / CONFIG_FILE).is_file():
-        raise FileNotFoundError(
-            f"{directory / CONFIG_FILE} is absent: give a local directory with the config.json and the safetensors "
-            "files of a Llama model"
-        )
-    hf = _read_json(directory / CONFIG_FILE)
+    hf = read_config(directory)
     config = config_from_hf(hf, **overrides)
     layout = _checked_layout(directory, hf, layout)
     if mesh is not None:

@@ -17,13 +17,14 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from pallas_kernels.backends import check_runs_here
 from unigist_jax.config import MeshConfig, RunConfig, config_differences
 from unigist_jax.data import PackedRows, Tokenizer, TrainData, eval_batches
 from unigist_jax.data.from_config import heldout_rows, recall_rows, run_tokenizer, train_data
 from unigist_jax.data.recall_rows import DRILLS
 from unigist_jax.layout import GistLayout
 from unigist_jax.model import Llama
-from unigist_jax.model.hf import load_hf
+from unigist_jax.model.hf import load_hf, read_config
 from unigist_jax.sharding import batch_sharding, make_mesh
 from unigist_jax.training.checkpoint import Checkpoints, check_workdir, claim_workdir, has_checkpoint
 from unigist_jax.training.preemption import Preempted, preemption_notice
@@ -75,6 +76,10 @@ def train(
     if watch.profile_steps and watch.profile_steps[0] >= run.train.steps:
         raise ValueError(f"--profile begins at step {watch.profile_steps[0]}, and train.steps={run.train.steps}")
     mesh = make_mesh(**dataclasses.asdict(run.mesh))
+    if run.model.attention != "full":
+        check_runs_here(run.model.attention_backend)
+    for directory in filter(None, (init_from, teacher_from)):
+        read_config(directory)  # before a corpus is read
     if init_from and not run.data.tokenizer:
         run = dataclasses.replace(run, data=dataclasses.replace(run.data, tokenizer=init_from))
     tokenizer = _first_process_then_all(lambda: run_tokenizer(workdir, run.data))
