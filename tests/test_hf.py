@@ -187,7 +187,7 @@ def test_failed_save_leaves_what_was_there(saved, monkeypatch):
         if len(calls) == 2:
             raise OSError("no space left on device")
 
-    monkeypatch.setattr("unigist_jax.model.hf.save_file", full_disk)
+    monkeypatch.setattr("unigist_jax.model.hf_save.save_file", full_disk)
     with pytest.raises(OSError, match="no space"):
         save_hf(tiny_model(1), directory, max_shard_bytes=20_000)
     assert {path.name for path in directory.iterdir()} == before

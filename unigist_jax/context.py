@@ -41,6 +41,7 @@ class Placement:
 
     @property
     def pieces(self) -> int:
+        """`C`, the pieces of a row."""
         return 1 if self.devices == 1 else 2 * self.devices
 
     @property

@@ -1,4 +1,8 @@
-"""Sequences of a batch: taking them by index, for every cache that has `select`, and writing one slot of each."""
+"""Sequences of a batch: taking them by index, for every cache that has `select`, and writing one slot of each.
+
+Axis legend
+  B  batch      N  slots of a sequence
+"""
 
 from __future__ import annotations
 

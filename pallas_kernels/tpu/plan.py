@@ -50,14 +50,17 @@ class Segment(NamedTuple):
 
     @property
     def raw_tiles(self) -> int:
+        """Tiles of raw rows, which come first."""
         return -(-self.num_raws // self.rows)
 
     @property
     def tiles(self) -> int:
+        """Tiles of raw and gist rows together."""
         return self.raw_tiles - (-self.num_gists // self.rows)
 
     @property
     def columns(self) -> int:
+        """Columns of a tile: its rows, for each of its heads."""
         return self.heads * self.rows
 
     @property
@@ -121,6 +124,7 @@ class KeyAxis(NamedTuple):
 
     @property
     def tiles(self) -> int:
+        """Tiles of all keys."""
         return self.raw_tile - (-self.num_raws // self.keys)
 
     def tile(
@@ -255,10 +259,12 @@ class KeyStream:
 
     @property
     def num_full(self):
+        """Tiles without a mask."""
         return sum(last - first for first, last in self.full_runs)
 
     @property
     def count(self):
+        """Tiles to visit."""
         return self.num_full + sum(last - first for first, last in self.masked_runs)
 
     def locate(self, index):

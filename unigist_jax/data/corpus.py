@@ -166,5 +166,6 @@ def _read_rows(file: SourceFile) -> Iterator[tuple[str, str | None]]:
 
 
 def is_heldout(name: str, heldout_fraction: float) -> bool:
+    """Whether a document of this name is held out: its hash falls into the first `heldout_fraction` of all hashes."""
     digest = hashlib.sha256(name.encode("utf-8")).digest()
     return int.from_bytes(digest[:8], "big") < heldout_fraction * 2**64

@@ -41,6 +41,7 @@ class PackedRows:
 
     @property
     def row_length(self) -> int:
+        """`T`, raws of a row."""
         return self.tokens.shape[1]
 
     @property

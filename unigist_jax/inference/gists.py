@@ -54,6 +54,7 @@ def empty_gists(batch: int, slots: int, heads: int, dim: int, dtype: str, gist_d
 
 
 def num_slots(gists: Gists) -> int:
+    """`G`, slots of each sequence."""
     return (gists.values if isinstance(gists, QuantizedGists) else gists).shape[1]
 
 

@@ -44,6 +44,7 @@ class Attention(nnx.Module):
         return tuple(checkpoint_name(y, INPUTS) for y in (rotate(q, cos, sin), rotate(k, cos, sin), v))
 
     def output(self, context: Float[Array, "B P Hq D"]) -> Float[Array, "B P E"]:
+        """The output projection of what the heads have gathered."""
         return jnp.einsum("bphd,hde->bpe", context, self.out[...].astype(context.dtype))
 
 

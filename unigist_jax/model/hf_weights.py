@@ -17,6 +17,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
 
 class HfWeight(NamedTuple):
     """What HF calls a parameter, and how it lays it out.

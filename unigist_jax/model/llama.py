@@ -205,12 +205,14 @@ class Llama(nnx.Module):
         return layout or self.layout
 
     def embed(self, tokens: Int[Array, "*B T"]) -> Float[Array, "*B T E"]:
+        """Embeddings of raw tokens, in the compute dtype."""
         if not self.is_stacked:  # the table is split by columns (`for_inference`): what is gathered are a few rows
             return constrain(self.embedding[...][tokens].astype(self.config.dtype), "batch", None, None)
         # rows of the table are looked up where they are wanted: the hidden axis is gathered first, as any weight's is
         return constrain(self.embedding[...], "vocab", None)[tokens].astype(self.config.dtype)
 
     def embed_gists(self, batch: int, units: int) -> Float[Array, "B U E"]:
+        """The gist embedding, once a unit."""
         gist = constrain(self.gist_embedding[...], None).astype(self.config.dtype)
         return jnp.broadcast_to(gist, (batch, units, self.config.hidden_size))
 
@@ -220,6 +222,7 @@ class Llama(nnx.Module):
         return assemble_segment(self.embed(tokens), gists, layout, axis=1)
 
     def embed_sinks(self) -> Float[Array, "1 s E"]:
+        """The sinks' embeddings, of a stream that all rows share."""
         return self.sink_embedding[...][None].astype(self.config.dtype)
 
     def sink_layer(self, layer: DecoderLayer, sinks: Float[Array, "1 s E"]):

@@ -72,9 +72,11 @@ class SweepDirectory:
         self.path = Path(path)
 
     def workdir(self, name: str) -> Path:
+        """The work directory of a run."""
         return self.path / "runs" / name
 
     def log(self, name: str) -> Path:
+        """The file of what a run printed."""
         return self.workdir(name) / LOG_FILE
 
     def read(self) -> dict[str, RunRecord]:

@@ -63,6 +63,7 @@ class Checkpoints:
         )
 
     def latest_step(self) -> int | None:
+        """The step of the newest checkpoint; None: there is none."""
         return self._manager.latest_step()
 
     def save(self, state: TrainState) -> None:

@@ -36,6 +36,7 @@ class MetricsWriter:
         self._tensorboard = _tensorboard_writer(workdir, resume_step) if tensorboard else None
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Writes the scalars of a step everywhere. Raises OSError if the file cannot be written."""
         with writing(self._path):
             self._file.write(json.dumps({"step": step, **scalars}) + "\n")
             self._file.flush()
@@ -46,6 +47,7 @@ class MetricsWriter:
             self._wandb.log(dict(scalars), step=step)
 
     def close(self) -> None:
+        """Closes everything that was opened."""
         self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
