@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from chat_tokenizer import END, TURN, write_chat_tokenizer
 from tiny_runs import write_corpus
 
 from unigist_jax.config import DataConfig
@@ -269,6 +270,30 @@ def test_every_form_of_conversation_is_read(row, reading, tmp_path):
 
 
 # --- training reads them ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "end", "ends"),
+    [
+        ({"text": "two words"}, END, 1),
+        ({"messages": [{"role": "user", "content": "two?"}, {"role": "assistant", "content": "2"}]}, TURN, 2),
+    ],
+)
+def test_a_tokenizer_without_a_mark_for_padding_learns_the_end_that_it_pads_with(row, end, ends, tmp_path):
+    """Llama 3's: texts end with `<|end_of_text|>`, those of Instruct's conversations with `<|eot_id|>`."""
+    write_chat_tokenizer(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": end}))
+    (tmp_path / "a.jsonl").write_text(f"{json.dumps(row)}\n" * 3)
+    request = Request(str(tmp_path / "a.jsonl"), str(tmp_path), ratio=4, row_length=256, heldout_fraction=0.0)
+    report = prepare(request, tmp_path / "rows")["splits"]["train"]
+    tokenizer = Tokenizer.load(tmp_path / "rows")
+    assert tokenizer.pad_id == tokenizer.eos_id
+    rows = PreparedRows(tmp_path / "rows", "train", LAYOUT, 256, tokenizer.fingerprint).take(np.arange(1))
+    targets = rows.tokens[0, 1:][rows.loss_mask[0, :-1]]
+    assert (targets == tokenizer.pad_id).sum() == 3
+    other = (rows.tokens[0] != tokenizer.pad_id).sum()
+    assert (report["documents"], report["targets"], report["tokens"]) == (3, len(targets), other + 3 * ends)
 
 
 def test_a_mixture_has_its_weights(directory, request_, tokenizer, tmp_path):

@@ -29,12 +29,15 @@ class PackedRows:
         document, and is to be learned.
       documents: int32 [N, U], the number of the document that each unit is of, as they were given, padding with the
         row's last; None for rows that were not made here.
+      filled: int32 [N], how many raws of each row are no padding; None likewise. Their ids do not tell: tokenizers that
+        have no mark for padding, such as Llama 3's, pad with one that ends documents too.
     """
 
     tokens: Int32[np.ndarray, "N T"]
     doc_start: Int32[np.ndarray, "N U"]
     loss_mask: Bool[np.ndarray, "N T"]
     documents: Int32[np.ndarray, "N U"] | None = None
+    filled: Int32[np.ndarray, " N"] | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -69,15 +72,15 @@ def pack_documents(
         own. Empty ones are skipped.
       row_length: `T`, a multiple of `layout.ratio`.
       layout: gives the ratio.
-      pad_id: the id to fill with; it may not occur in a document.
+      pad_id: the id to fill with; documents may hold it too.
       loss_masks: for each document bool [n], True for the tokens to be learned. None: all of them.
 
     Returns:
       The rows, in the order in which they were begun. The same documents give the same rows.
 
     Raises:
-      ValueError: if `row_length` is not a positive multiple of the ratio, a document is not 1-D or holds `pad_id`, a
-        mask does not have its document's length, masks and documents differ in number, or no document has a token.
+      ValueError: if `row_length` is not a positive multiple of the ratio, a document is not 1-D, a mask does not have
+        its document's length, masks and documents differ in number, or no document has a token.
       TypeError: if a document does not hold integers.
     """
     if row_length < 1:
@@ -85,8 +88,9 @@ def pack_documents(
     num_units = layout.num_units(row_length)
     rows: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
     used: list[int] = []  # units of each row that are taken
+    filled: list[int] = []  # raws of each row that are no padding
     open_rows: list[int] = []
-    for index, tokens, learned in _pieces(documents, loss_masks, row_length, pad_id):
+    for index, tokens, learned in _pieces(documents, loss_masks, row_length):
         needed = -(-len(tokens) // layout.ratio)
         row = next((row for row in open_rows if used[row] + needed <= num_units), None)
         if row is None:
@@ -95,6 +99,7 @@ def pack_documents(
             starts, numbers = np.zeros(num_units, np.int32), np.zeros(num_units, np.int32)
             rows.append((tokens_of_row, starts, mask_of_row, numbers))
             used.append(0)
+            filled.append(0)
             open_rows.append(row)
             if len(open_rows) > OPEN_ROWS:
                 open_rows.remove(max(open_rows, key=used.__getitem__))
@@ -105,28 +110,26 @@ def pack_documents(
         doc_start[used[row] :] = used[row]
         documents_of_row[used[row] :] = index
         used[row] += needed
+        filled[row] += len(tokens)
     if not rows:
         raise ValueError("there is no document with tokens to pack; check the corpus and its split")
-    return PackedRows(*(np.stack(parts) for parts in zip(*rows, strict=True)))
+    return PackedRows(*(np.stack(parts) for parts in zip(*rows, strict=True)), np.asarray(filled, np.int32))
 
 
-def packing_report(rows: PackedRows, pad_id: int) -> dict[str, int | float]:
-    """How full rows are: `rows`, `documents` (pieces), `tokens` (without padding), `targets`, `padding_share`."""
-    real = rows.tokens != pad_id
-    num_units = rows.doc_start.shape[1]
-    real_units = real.reshape(len(rows), num_units, -1).any(axis=-1)
-    begins = rows.doc_start == np.arange(num_units)
+def packing_report(rows: PackedRows) -> dict[str, int | float]:
+    """How full rows of `pack_documents` are: `rows`, `documents` (pieces), `tokens`, `targets`, `padding_share`."""
+    tokens = int(rows.filled.sum())
     return {
         "rows": len(rows),
-        "documents": int((begins & real_units).sum()),
-        "tokens": int(real.sum()),
+        "documents": int((rows.doc_start == np.arange(rows.doc_start.shape[1])).sum()),
+        "tokens": tokens,
         "targets": int(rows.loss_mask.sum()),
-        "padding_share": float(1 - real.mean()),
+        "padding_share": 1 - tokens / rows.tokens.size,
     }
 
 
 def _pieces(
-    documents: Iterable[np.ndarray], loss_masks: Iterable[np.ndarray] | None, row_length: int, pad_id: int
+    documents: Iterable[np.ndarray], loss_masks: Iterable[np.ndarray] | None, row_length: int
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Checked pieces of at most `row_length` tokens, each with its document's number and its mask."""
     pairs = zip(documents, itertools.repeat(None)) if loss_masks is None else zip(documents, loss_masks, strict=True)
@@ -138,8 +141,6 @@ def _pieces(
             continue
         if not np.issubdtype(tokens.dtype, np.integer):
             raise TypeError(f"document {index} holds {tokens.dtype}, not integers")
-        if (tokens == pad_id).any():
-            raise ValueError(f"document {index} holds pad_id={pad_id}; choose a pad_id that no document uses")
         learned = np.ones(len(tokens), bool) if mask is None else np.asarray(mask, bool)
         if learned.shape != tokens.shape:
             raise ValueError(

@@ -164,7 +164,7 @@ def _prepare_part(part: Part, index: int, request: Request, output: Path, tokeni
         folder = output / split / f"{index:05d}"
         if not folder.is_dir():
             with writing(folder):
-                write_shard(folder, rows, names, [len(x) for x in ids], tokenizer.pad_id)
+                write_shard(folder, rows, names, [len(x) for x in ids])
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -42,7 +42,7 @@ def length_histogram(lengths: Sequence[int]) -> dict[str, int]:
     return {f"<={top}": tops.count(top) for top in sorted(set(tops))}
 
 
-def write_shard(folder: Path, rows: PackedRows | None, names: Sequence[str], lengths: Sequence[int], pad_id: int):
+def write_shard(folder: Path, rows: PackedRows | None, names: Sequence[str], lengths: Sequence[int]):
     """Writes the rows of one part, at once and whole. `rows` None: the part has none; `names` are of all documents."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -54,7 +54,7 @@ def write_shard(folder: Path, rows: PackedRows | None, names: Sequence[str], len
         np.save(partial / "documents.npy", rows.documents)
         np.save(partial / "mask.npy", np.packbits(rows.loss_mask, axis=1))
         (partial / "names.txt").write_text("".join(name.replace("\n", " ") + "\n" for name in names))
-        report = packing_report(rows, pad_id)
+        report = packing_report(rows)
         stats |= {name: report[name] for name in ("rows", "tokens", "targets")} | {"pieces": report["documents"]}
     (partial / "stats.json").write_text(json.dumps(stats) + "\n")
     os.replace(partial, folder)
