@@ -105,3 +105,14 @@ def test_rows_are_those_of_the_files(tmp_path):
     )
     for name in ("perplexity_by_position", "recall_by_distance", "training"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_documented_tables_are_those_of_their_raw_files():
+    """Of docs/comparison/8m, but for speeds, since its metrics.jsonl are thinned; int8 has no row there."""
+    folder = FOLDER.parent.parent / "docs" / "comparison" / "8m"
+    rows = json.loads((folder / "comparison.json").read_text())
+    assert (folder / "comparison.md").read_text() == comparison.tables(rows, 256)
+    runs = [row["method"] for row in rows if row["trained"]]
+    found = [row for name in runs for row in comparison.rows_of_run(name, folder / name, folder / name)]
+    found = [row for row in found if row["method"] != "unigist_int8"]
+    assert [row | {"tokens_per_second": 0} for row in found] == [row | {"tokens_per_second": 0} for row in rows]

@@ -150,6 +150,11 @@ def place_table(rows: Sequence[Mapping[str, Any]], chunk_size: int) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
+def tables(rows: Sequence[Mapping[str, Any]], chunk_size: int) -> str:
+    """`markdown`, and behind it `place_table` where there is one."""
+    return "\n".join(filter(None, (markdown(rows), place_table(rows, chunk_size))))
+
+
 def _loss_by_place(curve: Mapping[str, Sequence[float]], step: int, chunk_size: int) -> dict[int, float]:
     """Mean loss (nats) of the buckets of `step` positions by the last place in the chunk that they cover."""
     losses: dict[int, list[float]] = {}
@@ -168,7 +173,7 @@ def _shown(values: Sequence[float | None], form: str) -> str:
 
 def write(rows: Sequence[Mapping[str, Any]], chunk_size: int, directory: Path) -> str:
     """Writes comparison.json, comparison.md and the plots; returns the tables."""
-    table = "\n".join(filter(None, (markdown(rows), place_table(rows, chunk_size))))
+    table = tables(rows, chunk_size)
     (directory / "comparison.json").write_text(json.dumps(list(rows), indent=1) + "\n")
     (directory / "comparison.md").write_text(table)
     means = {name: mean_row(group) for name, group in by_method(rows).items()}
