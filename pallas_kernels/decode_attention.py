@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.backends import choose
-from pallas_kernels.gist_attention import GistKV
+from pallas_kernels.gist_attention import GistKV, check_kv
 from unigist_jax.layout import GistLayout
 
 SLOT_MULTIPLE = 8  # keys that Hopper's copy engine moves together
@@ -62,8 +62,15 @@ def decode_attention(
       [B, 2, Hq, D] in q's dtype.
 
     Raises:
-      ValueError: for an unknown backend, one that cannot run here, or a ring that cannot hold the layout's window.
+      ValueError: for shapes that do not fit each other or the layout, a ring that cannot hold the layout's window, an
+        unknown backend, or one that cannot run here.
     """
+    check_kv(q, kv, layout)
+    if q.shape[1] != 2 or raw_index.shape != q.shape[:1] or not jnp.issubdtype(raw_index.dtype, jnp.integer):
+        raise ValueError(
+            f"q has shape {q.shape} and raw_index shape {raw_index.shape} and dtype {raw_index.dtype}, expected two "
+            "queries, the raw's and its gist's, and one integer a sequence"
+        )
     slots = layout.window + layout.ratio
     if kv.raw_k.shape[1] < slots:
         raise ValueError(f"the raw ring has {kv.raw_k.shape[1]} slots; {layout} needs window + ratio = {slots}")

@@ -72,6 +72,8 @@ def gist_attention(
         are ints), an unknown backend, or one that cannot run here or does not take the arguments.
     """
     num_units = _check(q, kv, layout, first_unit, first_raw_unit, doc_start, raw_start)
+    if q.size == 0:
+        return q
     name, module = choose(backend, q, kv, layout)
     positions = first_unit, first_raw_unit, doc_start, raw_start
     # known positions are computed here and now: a backend may make its tables of them beforehand
@@ -89,9 +91,13 @@ def gist_attention(
         return module.attend(q, kv, layout, first_unit, first_raw_unit, starts)
 
 
-def _check(q, kv, layout, first_unit, first_raw_unit, doc_start, raw_start) -> int:
-    """Checks everything that is known before the call; returns the segment's units."""
-    num_units = layout.segment_units(q.shape[1])
+def check_kv(q: Array, kv: GistKV, layout: GistLayout) -> None:
+    """Raises ValueError unless queries, keys and values fit each other and the layout's sinks."""
+    for name, x in {"q": q, **kv._asdict()}.items():
+        rank = 3 if name.startswith("sink") else 4
+        if x.ndim != rank or not jnp.issubdtype(x.dtype, jnp.floating):
+            axes = {3: "[s, Hkv, D]", 4: "[B, positions, heads, D]"}[rank]
+            raise ValueError(f"{name} has shape {x.shape} and dtype {x.dtype}, expected floating numbers {axes}")
     batch, _, num_heads, dim = q.shape
     num_kv_heads = kv.gist_k.shape[2]
     if num_heads % num_kv_heads:
@@ -108,13 +114,24 @@ def _check(q, kv, layout, first_unit, first_raw_unit, doc_start, raw_start) -> i
                 raise ValueError(f"kv.{name} has shape {getattr(kv, name).shape}, expected {shape} beside q {q.shape}")
     if kv.sink_k.shape[0] != layout.num_sinks:
         raise ValueError(f"kv holds {kv.sink_k.shape[0]} sinks, the layout has num_sinks={layout.num_sinks}")
-    raw_units = layout.num_units(num_raws)
+
+
+def _check(q, kv, layout, first_unit, first_raw_unit, doc_start, raw_start) -> int:
+    """Checks everything that is known before the call; returns the segment's units."""
+    check_kv(q, kv, layout)
+    num_units, num_gists = layout.segment_units(q.shape[1]), kv.gist_k.shape[1]
+    raw_units = layout.num_units(kv.raw_k.shape[1])
     for name, per_unit in (("doc_start", doc_start), ("raw_start", raw_start)):
-        if per_unit is not None and per_unit.shape != (batch, num_gists):
-            raise ValueError(f"{name} has shape {per_unit.shape}, expected one entry a gist: {(batch, num_gists)}")
+        if per_unit is None:
+            continue
+        if per_unit.shape != (q.shape[0], num_gists) or not jnp.issubdtype(per_unit.dtype, jnp.integer):
+            raise ValueError(
+                f"{name} has shape {per_unit.shape} and dtype {per_unit.dtype}, expected one integer a gist: "
+                f"{(q.shape[0], num_gists)}"
+            )
     if num_gists < num_units:
         raise ValueError(f"{num_gists} gists given for a segment of {num_units} units: pass at least its own gists")
-    if isinstance(first_unit, int) and first_unit + num_units > num_gists:
+    if isinstance(first_unit, int) and not 0 <= first_unit <= num_gists - num_units:
         raise ValueError(f"units {first_unit} … {first_unit + num_units - 1} queried, but kv holds {num_gists} gists")
     if isinstance(first_unit, int) and isinstance(first_raw_unit, int):
         last = first_unit + num_units

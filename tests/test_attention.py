@@ -238,6 +238,9 @@ def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="3 query heads are not a multiple of 2"):
         wide = jax.tree.map(lambda x: jnp.concatenate([x, x], axis=-2), kv)
         gist_attention(jnp.concatenate([q, q[:, :, :1]], axis=2), wide, layout)
+    with pytest.raises(ValueError, match="units -1 … 1 queried"):
+        gist_attention(q, kv, layout, first_unit=-1)
+    assert gist_attention(q[:, :0], kv, layout).shape == (1, 0, 2, DIM)
     with pytest.raises(ValueError, match=r"ring has 3 slots.*window \+ ratio = 4"):
         short = kv._replace(raw_k=kv.raw_k[:, :3], raw_v=kv.raw_v[:, :3])
         decode_attention(q[:, :2], short, layout, jnp.zeros(1, jnp.int32))

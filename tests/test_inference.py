@@ -318,10 +318,14 @@ def test_bad_input_is_named():
         append(METHODS["unigist"], model, cache, [[1]])
     with pytest.raises(ValueError, match=r"sequence 0 would hold 257 tokens.*room for 256.*larger capacity"):
         append(METHODS["unigist"], model, cache, [[1] * 255, [1]])
+    with pytest.raises(ValueError, match=r"tokens of shape \(1,\) for a cache of 2 sequences"):
+        decode_step(model, cache, jnp.zeros(1, jnp.int32))
+    with pytest.raises(ValueError, match=r"stop token 61 is outside the vocabulary 0 … 60"):
+        generate(model, [[1]], max_new_tokens=1, stop_tokens=[61])
     with pytest.raises(ValueError, match=r"rows \[2\] of a batch of 2 sequences; give at least one of 0 … 1"):
         cache.select([2])
     with pytest.raises(ValueError, match=r"3 prompts continue a cache of 2 sequences"):
         generate(model, [[1]] * 3, max_new_tokens=1, cache=cache)
-    for field, bad in (("temperature", -1.0), ("top_k", -1), ("top_p", 0.0)):
+    for field, bad in (("temperature", -1.0), ("temperature", np.nan), ("top_k", -1), ("top_p", 0.0)):
         with pytest.raises(ValueError, match=f"{field}={bad}"):
             Sampling(**{field: bad})

@@ -135,6 +135,10 @@ def test_bad_sizes_are_named():
         model_with(attention_backend="flash")
     with pytest.raises(ValueError, match=r"15 raw tokens is not a multiple of ratio=2; pad it to 16"):
         model_with()(TOKENS[:, :15])
+    with pytest.raises(ValueError, match=r"tokens have shape \(4, 0\) .*, expected integers \[B, T\], one raw or more"):
+        model_with()(TOKENS[:, :0])
+    with pytest.raises(ValueError, match=r"doc_start has shape \(4, 16\), expected one entry a unit: \(4, 8\)"):
+        model_with()(TOKENS, jnp.zeros(TOKENS.shape, jnp.int32))
 
 
 def test_the_head_in_bfloat16_has_the_gradients_of_one_in_float32():

@@ -16,14 +16,18 @@ def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, capacity: i
     """Lengths of the prompts.
 
     Raises:
-      ValueError: for no prompts, an empty one, a token outside the vocabulary, or one longer than `capacity` raws.
+      ValueError: for no prompts, one that is empty or no list of integers, a token outside the vocabulary, or a prompt
+        longer than `capacity` raws.
     """
     if not len(prompts):
         raise ValueError("no prompts given")
     for index, prompt in enumerate(prompts):
-        if not len(prompt):
+        tokens = np.asarray(prompt)
+        if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
+            raise ValueError(f"prompt {index} is {str(prompt)[:40]!r}, expected a list of token ids, integers")
+        if not tokens.size:
             raise ValueError(f"prompt {index} is empty; give it at least one token (a beginning-of-text token, say)")
-        low, high = min(prompt), max(prompt)
+        low, high = tokens.min(), tokens.max()
         if low < 0 or high >= vocab_size:
             raise ValueError(
                 f"prompt {index} holds token {low if low < 0 else high}, outside the vocabulary 0 … {vocab_size - 1}; "

@@ -29,6 +29,8 @@ def decode_logits(model: Llama, cache: GistCache, tokens: Int32[Array, " B"]) ->
     """`decode_step` before compilation, for use inside a larger jitted function."""
     layout = cache.layout
     raw_index = cache.length
+    if tokens.shape != raw_index.shape:
+        raise ValueError(f"tokens of shape {tokens.shape} for a cache of {raw_index.shape[0]} sequences; give each one")
     unit = raw_index // layout.ratio
     positions = layout.num_sinks + jnp.stack([raw_index, (unit + 1) * layout.ratio], axis=1)
     angles = rotary(model.config, positions)

@@ -17,6 +17,7 @@ values once for all rows, and gradients reach them summed over the batch.
 from __future__ import annotations
 
 from functools import partial
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -127,11 +128,20 @@ class Llama(nnx.Module):
             is not.
 
         Raises:
-          ValueError: if T is not a multiple of the ratio, or does not cut into the placement's pieces.
+          ValueError: for tokens or document starts of another shape, a T that is not a multiple of the ratio or does
+            not cut into the placement's pieces, or an unknown `attention`.
         """
         layout = self.checked_layout(layout)
-        layout.num_units(tokens.shape[1])  # checks it
         attention = attention or self.config.attention
+        if attention not in get_args(Attention):
+            raise ValueError(f"attention={attention!r} is unknown; choose one of {get_args(Attention)}")
+        if tokens.ndim != 2 or not tokens.size or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(
+                f"tokens have shape {tokens.shape} and dtype {tokens.dtype}, expected integers [B, T], one raw or more"
+            )
+        units = tokens.shape[0], layout.num_units(tokens.shape[1])
+        if doc_start is not None and doc_start.shape != units:
+            raise ValueError(f"doc_start has shape {doc_start.shape}, expected one entry a unit: {units}")
         if attention != "gist" and placement.devices > 1:
             raise ValueError(
                 f"attention={attention!r} has no context parallelism (context={placement.devices}); use fsdp or tensor"
