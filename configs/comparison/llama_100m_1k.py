@@ -4,7 +4,7 @@ python -m launch.train --config=configs/comparison/llama_100m_1k.py --config.met
     --init_from=runs/base_100m/1024/plain --workdir=runs/100m/METHOD
 
 METHOD is `full` or `unigist` (r = 4). Both begin with the model of `base_100m.py`, on rows like those of `llama_8m.py`.
-36M tokens a method. What 16 layers of width 768 did from a far shorter base stands in docs/training.md.
+36M tokens a method; not run. What 16 layers of width 768 did from a far shorter base stands in docs/training.md.
 """
 
 from configs.comparison import llama_8m, llama_100m
