@@ -75,7 +75,7 @@ def cache_curves(model, layout: GistLayout) -> dict[str, tuple[list[int], list[i
     tokens = list(CACHE_TOKENS)
     curves = {"full attention": (tokens, [full_cache_bytes(model.config, n) for n in tokens])}
     for ratio in (4, 8):
-        at_ratio = GistLayout(ratio, layout.num_sinks, -(-layout.window // ratio) * ratio)
+        at_ratio = layout.with_ratio(ratio)
         curves[f"gists, r = {ratio}"] = (tokens, [GistCache.create(model, 1, n, at_ratio).nbytes for n in tokens])
     return curves
 

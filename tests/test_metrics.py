@@ -23,6 +23,9 @@ def test_a_resumed_run_drops_the_lines_it_will_write_again(tmp_path):
     resumed.write(3, {"loss": 30.0})
     resumed.close()
     assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step"\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is damaged .*; delete that line to go on"):
+        read_metrics(tmp_path)
 
 
 def test_weights_and_biases_gets_the_same_scalars_under_the_name_of_the_work_directory(tmp_path, monkeypatch):

@@ -140,6 +140,17 @@ def test_what_the_rows_are_not_packed_for_is_refused(directory, tokenizer, reque
         Request("stdlib", "x", 8, 60, 0.1)
 
 
+def test_a_file_that_was_cut_off_or_lost_is_refused_before_a_step_asks_for_it(directory, tokenizer, tmp_path):
+    rows = shutil.copytree(directory, tmp_path / "rows") / "train"
+    file = next(path for path in sorted(rows.glob("*/mask.npy")) if path.stat().st_size > 200)
+    file.write_bytes(file.read_bytes()[:130])
+    with pytest.raises(ValueError, match=r"mask\.npy has 130 bytes, its rows take \d+ or more; prepare the data again"):
+        PreparedRows(tmp_path / "rows", "train", LAYOUT, LENGTH, tokenizer.fingerprint)
+    file.unlink()
+    with pytest.raises(ValueError, match=r"mask\.npy is missing"):
+        PreparedRows(tmp_path / "rows", "train", LAYOUT, LENGTH, tokenizer.fingerprint)
+
+
 # --- formats ---------------------------------------------------------------------------------------------------------
 
 

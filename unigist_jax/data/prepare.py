@@ -75,7 +75,10 @@ def prepare(
     tokenizer = Tokenizer.load(request.tokenizer)
     wanted = dataclasses.asdict(request) | {"tokenizer": tokenizer.fingerprint}
     if (output / REQUEST).is_file():
-        held = json.loads((output / REQUEST).read_text())
+        try:
+            held = json.loads((output / REQUEST).read_text())
+        except ValueError as error:
+            raise ValueError(f"{output / REQUEST} is damaged ({error}); choose another --output") from error
         if held != wanted:
             differ = [f"{key}: {held.get(key)!r}" for key in wanted if held.get(key) != wanted[key]]
             raise ValueError(f"{output} holds rows of another request ({'; '.join(differ)}); choose another --output")

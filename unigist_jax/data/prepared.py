@@ -97,7 +97,7 @@ class PreparedRows:
           layout, row_length, fingerprint: ratio, raws of a row and tokenizer that the rows are wanted for.
 
         Raises:
-          ValueError: if they are packed for another ratio, row length or tokenizer.
+          ValueError: if they are packed for another ratio, row length or tokenizer, or a file is missing or cut off.
         """
         manifest = read_manifest(directory)
         again = f"; prepare {manifest['source']!r} again with launch.prepare_data, or change the config"
@@ -118,6 +118,13 @@ class PreparedRows:
         self.row_length = row_length
         self._factor = manifest["ratio"] // layout.ratio
         shards = [(Path(directory) / split / name, rows) for name, rows in manifest["splits"][split]["shards"] if rows]
+        for folder, rows in shards:
+            least = {
+                "tokens": 2 * row_length,
+                "documents": 4 * (row_length // manifest["ratio"]),
+                "mask": row_length // 8,
+            }
+            _check_sizes(folder, {name: rows * size for name, size in least.items()})
         self._folders = [folder for folder, _ in shards]
         self._ends = np.cumsum([rows for _, rows in shards], dtype=np.int64)
 
@@ -143,10 +150,20 @@ class PreparedRows:
         return tokens[within].astype(np.int32), np.asarray(documents[within]), np.asarray(mask[within])
 
 
+def _check_sizes(folder: Path, least: dict[str, int]) -> None:
+    """Raises ValueError if a file is absent or shorter than its rows, before a step comes to ask for them."""
+    for name, num_bytes in least.items():
+        file = folder / f"{name}.npy"
+        size = file.stat().st_size if file.is_file() else None
+        if size is None or size < num_bytes:
+            found = "is missing" if size is None else f"has {size} bytes, its rows take {num_bytes} or more"
+            raise ValueError(f"{file} {found}; prepare the data again")
+
+
 @functools.lru_cache(maxsize=4096)
 def _open(folder: Path) -> tuple[np.ndarray, ...]:
     """The arrays of a shard, memory-mapped."""
     try:
         return tuple(np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("tokens", "documents", "mask"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"the shard {folder} is missing or damaged ({error}); prepare the data again") from error

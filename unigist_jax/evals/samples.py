@@ -16,22 +16,23 @@ class SampleLog:
         """Opens the file, made if absent; a last line that was cut off is dropped.
 
         Raises:
-          ValueError: if it holds samples of another setting.
+          ValueError: if it holds samples of another setting, or is damaged.
         """
         self.path = Path(path)
         self.samples: list[dict[str, Any]] = []
         setting = json.loads(json.dumps(setting))
         text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
         lines = text.split("\n")[:-1]
-        if lines:
-            found = json.loads(lines[0])
-            if found != setting:
-                differing = sorted(name for name in {*found, *setting} if found.get(name) != setting.get(name))
-                raise ValueError(
-                    f"{self.path} holds samples of another setting ({', '.join(differing)} differ); "
-                    "delete it, or choose another --output"
-                )
-            self.samples = [json.loads(line) for line in lines[1:]]
+        try:
+            found, *self.samples = map(json.loads, lines) if lines else [setting]
+        except ValueError as error:
+            raise ValueError(f"{self.path} is damaged ({error}); delete it to ask its questions again") from error
+        if found != setting:
+            differing = sorted(name for name in {*found, *setting} if found.get(name) != setting.get(name))
+            raise ValueError(
+                f"{self.path} holds samples of another setting ({', '.join(differing)} differ); "
+                "delete it, or choose another --output"
+            )
         partial = self.path.with_name(self.path.name + ".partial")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text("".join(_line(x) for x in (setting, *self.samples)), encoding="utf-8")

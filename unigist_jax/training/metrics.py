@@ -56,12 +56,20 @@ class MetricsWriter:
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics file, [] if there is none. A last line cut off by a crash is left out."""
+    """The lines of a run's metrics file, [] if there is none. A last line cut off by a crash is left out.
+
+    Raises ValueError naming a damaged line.
+    """
     path = Path(workdir) / METRICS_FILE
     if not path.exists():
         return []
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    found = []
+    for number, line in enumerate(path.read_text().split("\n")[:-1], start=1):
+        try:
+            found += [json.loads(line)] if line else []
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is damaged ({error}); delete that line to go on") from error
+    return found
 
 
 def _tensorboard_writer(workdir: Path, resume_step: int):
