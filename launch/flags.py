@@ -43,9 +43,15 @@ def run_main(main: Callable[[list[str]], None]) -> None:
                 raise
             _fail(described(error) if isinstance(error, OSError) else error)
         except (RuntimeError, AssertionError) as error:  # the latter is jax's for "cuda" without a CUDA plugin
+            if "RESOURCE_EXHAUSTED" in str(error) and not logging.level_debug():
+                _fail(
+                    f"{str(error).splitlines()[0]} Take fewer or shorter sequences, smaller parts (chunk_size, "
+                    "batch_size, train.accumulate) or more devices; --verbosity=1 tells where"
+                )
             if _has_devices():
                 raise
-            _fail(f"--platform={_PLATFORM.value}: jax finds no such device here ({error or 'no plugin'}); leave it out")
+            reason = str(error) or "its plugin is not installed"
+            _fail(f"--platform={_PLATFORM.value}: jax finds no such device here ({reason}); leave it out")
 
     app.run(wrapped, flags_parser=_parse)
 

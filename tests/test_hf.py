@@ -125,6 +125,9 @@ def test_unsupported_configs(changes, message):
 def test_incomplete_layout_entry():
     with pytest.raises(ValueError, match="unigist entry has no 'window'"):
         layout_from_hf({"unigist": {"ratio": 4, "num_sinks": 3}})
+    for entry in ([4, 3, 8], {"ratio": "4", "num_sinks": 3, "window": 8}):
+        with pytest.raises(ValueError, match=r"is not what launch\.convert writes"):
+            config_from_hf(V4 | {"unigist": entry})
 
 
 # --- round trips ----------------------------------------------------------------------------------------------------

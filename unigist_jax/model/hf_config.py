@@ -98,9 +98,14 @@ def config_from_hf(hf: dict[str, Any], **overrides: Any) -> LlamaConfig:
         "tie_embeddings": _entry(hf, "tie_word_embeddings", False),
         "param_dtype": dtype,
         "dtype": dtype,
-        "attention": _entry(hf.get("unigist") or {}, "attention", "gist"),
+        "attention": "gist" if layout_from_hf(hf) is None else _entry(hf["unigist"], "attention", "gist"),
     }
-    return LlamaConfig(**{**fields, **overrides})
+    try:
+        return LlamaConfig(**{**fields, **overrides})
+    except TypeError as error:  # a number in quotes
+        raise ValueError(
+            f"config.json holds a value of another type ({error}): take the file that came with the weights"
+        ) from error
 
 
 def layout_from_hf(hf: dict[str, Any]) -> GistLayout | None:
@@ -112,8 +117,11 @@ def layout_from_hf(hf: dict[str, Any]) -> GistLayout | None:
     entry = hf.get("unigist")
     if entry is None:
         return None
-    numbers = {name: _entry(entry, name, where="config.json's unigist entry") for name in _LAYOUT_FIELDS}
-    return GistLayout(**numbers, chunk=_entry(entry, "chunk", 0))
+    try:
+        numbers = {name: _entry(entry, name, where="config.json's unigist entry") for name in _LAYOUT_FIELDS}
+        return GistLayout(**numbers, chunk=_entry(entry, "chunk", 0))
+    except (AttributeError, TypeError) as error:  # a list for an object, a number in quotes
+        raise ValueError(f"config.json: unigist={entry!r} is not what launch.convert writes ({error})") from error
 
 
 def config_to_hf(config: LlamaConfig, layout: GistLayout | None = None) -> dict[str, Any]:

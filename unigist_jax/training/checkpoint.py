@@ -214,7 +214,7 @@ def read_run(workdir: Path) -> RunConfig:
         raise ValueError(f"{workdir} holds no run ({CONFIG_FILE} is missing); train one with launch.train --workdir")
     try:
         return RunConfig.from_dict(json.loads(path.read_text()))
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); restore it, or use another work directory") from error
 
 
