@@ -171,7 +171,8 @@ def decode_case(batch: int, backend: str) -> Case:
 
     def prepare():
         raw_index = jnp.full((batch,), DECODE_CONTEXT.value - 1, jnp.int32)
-        decode = jax.jit(lambda steps: [decode_attention(q, kv, layout, raw_index, backend) for q, kv in steps])
+        step = jax.jit(lambda q, kv: decode_attention(q, kv, layout, raw_index, backend))  # traced once for all steps
+        decode = jax.jit(lambda steps: [step(q, kv) for q, kv in steps])
         program, inputs = decode.lower(steps).compile(), normals(steps)
         return lambda: {"steps": Program(functools.partial(program, inputs()))}
 
