@@ -16,7 +16,7 @@ from unigist_jax.model import init_llama
 from unigist_jax.sharding import batch_sharding, make_mesh
 from unigist_jax.training.flops import causal_pairs, gist_pairs, step_flops
 from unigist_jax.training.loop import layout_of_step
-from unigist_jax.training.step import Batch, make_recall_step, make_state, make_train_step
+from unigist_jax.training.step import Batch, make_eval_step, make_recall_step, make_state, make_train_step
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -159,8 +159,22 @@ def test_rows_packed_for_the_largest_ratio_train_every_ratio(rows, plain):
     assert set(ratios) == {4, 8} and ratios[20:] == [layout_of_step(run, step).ratio for step in range(20, 40)]
 
 
+def test_evaluation_in_the_parts_of_a_step_is_that_of_the_whole_batch(rows):
+    run = run_with(train__accumulate=2, mesh__data=2)
+    model = init_llama(run.model, run.gist, 0)
+    tokens, doc_start, mask = map(jnp.asarray, rows)
+    losses = -jax.nn.log_softmax(model(tokens, doc_start))[:, :-1]
+    expected = jnp.take_along_axis(losses, tokens[:, 1:, None], axis=-1)[mask[:, :-1]]
+    mesh = make_mesh(data=2, devices=jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        batch = jax.device_put(Batch(tokens, doc_start, mask), batch_sharding(mesh))
+        total, count = make_eval_step(run)(model, batch)
+    assert count == len(expected)
+    np.testing.assert_allclose(total, expected.sum(), rtol=1e-5)
+
+
 def test_recall_is_whether_every_answer_token_comes_first(rows):
-    run = run_with()
+    run = run_with(train__accumulate=2)
     model = init_llama(run.model, run.gist, 0)
     tokens, doc_start, mask = (np.array(x) for x in rows)
     best = np.asarray(jnp.argmax(model(jnp.asarray(tokens), jnp.asarray(doc_start)), axis=-1))

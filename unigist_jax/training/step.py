@@ -124,7 +124,7 @@ def make_train_step(run: RunConfig, mesh: jax.sharding.Mesh) -> Callable[..., tu
             total, sums = objective(joined(trained, frozen), rows, teacher, layout)
             return total / targets, jax.tree.map(lambda x: x / targets, sums)
 
-        grads, metrics = _gradient_in_parts(jax.grad(mean_loss, has_aux=True), trained, batch, settings.accumulate)
+        grads, metrics = _summed_over_parts(jax.grad(mean_loss, has_aux=True), trained, batch, settings.accumulate)
         grad_norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
         bad = ~(jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm))
         if settings.spike_norm:
@@ -150,10 +150,10 @@ def make_train_step(run: RunConfig, mesh: jax.sharding.Mesh) -> Callable[..., tu
     return jax.jit(train_step, donate_argnums=0, static_argnames="layout", compiler_options=options)
 
 
-def _gradient_in_parts(gradient: Callable, trained: Any, batch: Batch, parts: int) -> tuple[Any, dict[str, Array]]:
-    """`gradient(trained, rows)` summed over the parts of a batch, in float32 if there are several."""
+def _summed_over_parts(function: Callable, weights: Any, batch: Batch, parts: int) -> Any:
+    """`function(weights, rows)` summed over the parts of a batch, in float32 if there are several."""
     if parts == 1:
-        return gradient(trained, batch)
+        return function(weights, batch)
 
     def cut(x):  # part i has every A-th row from i on, so that each device's rows stay on it
         x = jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
@@ -161,10 +161,10 @@ def _gradient_in_parts(gradient: Callable, trained: Any, batch: Batch, parts: in
 
     arrays, batch_of = jax.tree.flatten(batch)
     arrays = [cut(x) for x in arrays]
-    shapes = jax.eval_shape(lambda *x: gradient(trained, batch_of.unflatten(y[0] for y in x)), *arrays)
+    shapes = jax.eval_shape(lambda *x: function(weights, batch_of.unflatten(y[0] for y in x)), *arrays)
 
     def add_part(total, rows):
-        part = gradient(trained, batch_of.unflatten(rows))
+        part = function(weights, batch_of.unflatten(rows))
         return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, part), None
 
     return jax.lax.scan(add_part, jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes), arrays)[0]
@@ -186,10 +186,13 @@ def _flops(run: RunConfig, batch: Batch, layout: GistLayout, teacher: bool) -> F
 
 
 def make_eval_step(run: RunConfig) -> Callable[[Llama, Batch], tuple[Float[Array, ""], Float[Array, ""]]]:
-    """The jitted held-out loss of a batch: its sum in nats, and its count of targets."""
+    """The jitted held-out loss of a batch: its sum in nats, and its count of targets. In the parts of a train step."""
+
+    def loss_of(model: Llama, rows: Batch):
+        return summed_loss(model, rows.tokens, rows.doc_start, rows.loss_mask, run.train.loss_chunk)
 
     def eval_step(model: Llama, batch: Batch):
-        return summed_loss(model, batch.tokens, batch.doc_start, batch.loss_mask, run.train.loss_chunk)
+        return _summed_over_parts(loss_of, model, batch, run.train.accumulate)
 
     return jax.jit(eval_step)
 
@@ -198,12 +201,16 @@ def make_recall_step(run: RunConfig) -> Callable[[Llama, Batch], dict[str, Float
     """The jitted recall of a batch of records, the mask on their answers (`unigist_jax.training.loss.recalled_rows`).
 
     Sums over the rows that have a mask: `answers` that are right as a whole, the share of their `tokens`, and `rows`.
+    In the parts of a train step.
     """
 
-    def recall_step(model: Llama, batch: Batch):
-        asked = batch.loss_mask.any(axis=1)
-        answers, tokens = recalled_rows(model, batch.tokens, batch.doc_start, batch.loss_mask, run.train.loss_chunk)
+    def recall_of(model: Llama, rows: Batch):
+        asked = rows.loss_mask.any(axis=1)
+        answers, tokens = recalled_rows(model, rows.tokens, rows.doc_start, rows.loss_mask, run.train.loss_chunk)
         sums = {"answers": answers, "tokens": tokens, "rows": asked.astype(jnp.float32)}
         return {name: jnp.sum(jnp.where(asked, x, 0.0)) for name, x in sums.items()}
+
+    def recall_step(model: Llama, batch: Batch):
+        return _summed_over_parts(recall_of, model, batch, run.train.accumulate)
 
     return jax.jit(recall_step)
