@@ -11,6 +11,7 @@ import pytest
 from hf_models import CONFIG, LAYOUT, SCALING, tiny_model
 from safetensors.numpy import load_file, save_file
 
+from unigist_jax.inference import for_inference
 from unigist_jax.layout import GistLayout
 from unigist_jax.model.hf import load_hf, save_hf
 from unigist_jax.model.hf_config import config_from_hf, config_to_hf, layout_from_hf
@@ -359,4 +360,6 @@ def test_harmless_tensors_are_ignored_with_a_warning(tmp_path, caplog):
 def test_bad_arguments_of_save(tmp_path):
     with pytest.raises(ValueError, match="max_shard_bytes=0 must be positive"):
         save_hf(tiny_model(), tmp_path / "out", max_shard_bytes=0)
+    with pytest.raises(ValueError, match="took this model's layers apart: save it before"):
+        save_hf(for_inference(tiny_model()), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -86,10 +86,13 @@ def save_hf(
       gists: False leaves gist and sink embeddings and the layout out: a plain Llama checkpoint.
 
     Raises:
-      ValueError: if `max_shard_bytes` is not positive, or the parameters are spread over several processes.
+      ValueError: if `max_shard_bytes` is not positive, the parameters are spread over several processes, or the layers
+        are apart (`unigist_jax.inference.for_inference`).
       OSError: if a file cannot be written.
     """
     directory = Path(directory)
+    if not model.is_stacked:
+        raise ValueError("for_inference took this model's layers apart: save it before")
     leaves = jax.tree_util.tree_leaves_with_path(model)
     parameters = {parameter_path(path): leaf for path, leaf in leaves}
     if not gists:
