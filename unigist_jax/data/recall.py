@@ -278,7 +278,10 @@ def _longest_context(
 
     if not fits(0):
         minimum = num_tokens - budget + count_tokens(build(0))
-        raise ValueError(f"num_tokens={num_tokens} is too short for a recall record; this one needs {minimum} at least")
+        raise ValueError(
+            f"num_tokens={num_tokens} is too short for a recall record; this one needs {minimum} at least: raise "
+            "data.row_length for training, --lengths for an evaluation"
+        )
     low, high = 0, 1
     while fits(high):
         low, high = high, 2 * high
