@@ -1,11 +1,18 @@
 """Compiling without running: what --compile_only tells."""
 
+import re
+
+import jax
 import pytest
 from tiny_runs import tiny_config
 
+from pallas_kernels.backends import compiling_for
 from unigist_jax.config import RunConfig
-from unigist_jax.training.ahead_of_time import compile_step, describe, find_target, this_machine
+from unigist_jax.sharding import make_mesh
+from unigist_jax.training.ahead_of_time import abstract_batch, compile_step, describe, find_target, this_machine
+from unigist_jax.training.step import abstract_state, make_train_step
 
+ONE = {"data": 1, "fsdp": 1, "tensor": 1}
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
@@ -44,3 +51,21 @@ def test_unknown_devices_are_refused(name, said):
 def test_a_run_without_a_vocabulary_is_refused():
     with pytest.raises(ValueError, match=r"model.vocab_size=0 is taken from the tokenizer"):
         compile_step(small_run(model={"vocab_size": 0}), this_machine())
+
+
+def test_attention_that_is_kept_is_computed_once():
+    """The kernels in a GPU's program: attention of the scanned layer forward, and backward. XLA would add a third."""
+    try:
+        target = find_target("h100:1")
+    except ValueError as error:
+        pytest.skip(str(error).split(";")[0])
+    model = {"num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 128, "dtype": "bfloat16"}
+    gist = {"num_sinks": 16, "window": 128}
+    run = small_run(
+        model=model | {"attention_backend": None, "remat": "attention"}, gist=gist, data={"row_length": 1024}, mesh=ONE
+    )
+    mesh = make_mesh(data=1, devices=target.devices)
+    with compiling_for(target.devices[0]), jax.set_mesh(mesh):
+        arguments = abstract_state(run, mesh), abstract_batch(run, mesh, packed=False)
+        program = make_train_step(run, mesh).lower(*arguments).compile().as_text()
+    assert len(re.findall(r'custom_call_target="mosaic_gpu', program)) == 2

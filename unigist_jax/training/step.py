@@ -26,6 +26,12 @@ from unigist_jax.training.loss import recalled_rows, summed_distillation, summed
 from unigist_jax.training.optimizer import learning_rate, make_optimizer
 from unigist_jax.training.trainable import joined, split_trainable
 
+# `model.remat` says what is computed again, and XLA adds to it by two passes of its own. The first, where it finds
+# memory short, computes the head's products again and frees nothing. The second makes one kernel of attention and the
+# write of its output among those kept for the backward pass, and runs attention once more for what the layer goes on
+# with.
+GPU_OPTIONS = {"xla_disable_hlo_passes": "rematerialization", "xla_gpu_enable_dynamic_slice_fusion": False}
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -144,9 +150,7 @@ def make_train_step(run: RunConfig, mesh: jax.sharding.Mesh) -> Callable[..., tu
         # Left to itself the compiler may choose another layout, and the second step would be compiled anew.
         return jax.lax.with_sharding_constraint(state, tree_shardings(mesh, state)), metrics
 
-    # `model.remat` says what is computed again. XLA's own pass, where it finds memory short, recomputes the head's
-    # products and frees nothing.
-    options = {"xla_disable_hlo_passes": "rematerialization"} if target_device().platform in ("gpu", "cuda") else None
+    options = GPU_OPTIONS if target_device().platform in ("gpu", "cuda") else None
     return jax.jit(train_step, donate_argnums=0, static_argnames="layout", compiler_options=options)
 
 
