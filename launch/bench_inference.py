@@ -36,7 +36,7 @@ from launch import inference_report
 from launch.flags import output_folder, run_main, whole_numbers
 from launch.inference_case import Case, device_memory, parse_system
 from launch.markdown import read_figures
-from unigist_jax.model.shapes import SHAPES
+from unigist_jax.model.shapes import named_shape
 
 RESULT = "bench_inference.json"
 QUICK_AUTOTUNING = "--xla_gpu_autotune_level=2"  # times what 4, the default, does, but does not check the results
@@ -103,8 +103,7 @@ def main(_: list[str]) -> None:
 def cases() -> Iterator[Case]:
     """What the flags ask for, the most important first. Raises ValueError for what none of them can be."""
     contexts, systems = whole_numbers(_CONTEXTS), [parse_system(s) for s in _SYSTEMS.value]
-    if _SHAPE.value != "tiny" and _SHAPE.value not in SHAPES:
-        raise ValueError(f"--shape={_SHAPE.value} is unknown; choose among tiny, {', '.join(SHAPES)}")
+    named_shape(_SHAPE.value)  # checks it
     if not contexts:
         raise ValueError("--contexts is empty; give the tokens of a prompt, such as 65536")
     common = {"shape": _SHAPE.value, "new_tokens": _NEW_TOKENS.value, "rounds": _ROUNDS.value}

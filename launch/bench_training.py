@@ -35,7 +35,7 @@ from launch.flags import output_folder, run_main, whole_numbers
 from unigist_jax.config import DataConfig, MeshConfig, OptimConfig, RunConfig, TrainConfig
 from unigist_jax.layout import GistLayout
 from unigist_jax.model import LlamaConfig
-from unigist_jax.model.shapes import SHAPES
+from unigist_jax.model.shapes import SHAPES, named_shape
 from unigist_jax.sharding import MESH_AXES, batch_sharding, make_mesh
 from unigist_jax.training.ahead_of_time import (
     GIB,
@@ -48,8 +48,6 @@ from unigist_jax.training.ahead_of_time import (
 )
 from unigist_jax.training.flops import peak_flops
 from unigist_jax.training.step import Batch, abstract_state, make_state, make_train_step
-
-TINY = LlamaConfig(512, 64, 128, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, tie_embeddings=True)
 
 SHAPE = flags.DEFINE_string("shape", "llama3.2-3b", f"model: tiny, {', '.join(SHAPES)}")
 LENGTHS = flags.DEFINE_list("lengths", ["32768", "131072"], "raw tokens of a row")
@@ -76,9 +74,7 @@ COLUMNS = ("raws", "attention", "remat", "step ms", "tokens/s", "over full", "MF
 
 def shape() -> LlamaConfig:
     """The model of the flags, in bfloat16 throughout."""
-    if SHAPE.value != "tiny" and SHAPE.value not in SHAPES:
-        raise ValueError(f"--shape={SHAPE.value} is unknown; choose among tiny, {', '.join(SHAPES)}")
-    config = TINY if SHAPE.value == "tiny" else SHAPES[SHAPE.value]
+    config = named_shape(SHAPE.value)
     layers = LAYERS.value or config.num_layers
     return dataclasses.replace(config, num_layers=layers, param_dtype="bfloat16", dtype="bfloat16")
 

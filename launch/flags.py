@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -68,8 +69,7 @@ def _has_devices() -> bool:
 
 def _parse(argv: list[str]) -> list[str]:
     """absl's parser, and a line for what config_flags lets through: Python's errors of a config file and its fields."""
-    given = [arg.partition("=") for arg in argv if arg.startswith("--config")]
-    file = next((value.partition(":")[0] for name, _, value in given if name == "--config"), None)
+    file = _config_file(argv)
     if file is not None and not Path(file).is_file():
         _fail(f"--config={file}: there is no such file; name a Python file that defines get_config()")
     try:
@@ -86,16 +86,26 @@ def _parse(argv: list[str]) -> list[str]:
         _fail(f"--config={file}{where} gives no config ({type(error).__name__}: {error})")
 
 
+def _config_file(argv: list[str]) -> str | None:
+    """The file of --config, given as absl takes it: one dash or two, its value behind = or as the next argument."""
+    for arg, following in itertools.zip_longest(argv[1:], argv[2:]):
+        name, equals, value = arg.partition("=")
+        if name in ("-config", "--config"):
+            value = value if equals else following
+            return value and value.partition(":")[0]
+    return None
+
+
 def _fail(error: object) -> NoReturn:
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     sys.exit(2)
 
 
-def whole_numbers(flag: flags.FlagHolder[list[str]], least: int = 1) -> list[int]:
-    """The numbers of a list flag. Raises ValueError naming it unless each is a whole number of at least `least`."""
-    if not all(text.strip().isdecimal() and int(text) >= least for text in flag.value):
+def whole_numbers(flag: flags.FlagHolder[list[str]]) -> list[int]:
+    """The numbers of a list flag. Raises ValueError naming it unless each is a whole number of at least 1."""
+    if not all(text.strip().isdecimal() and int(text) >= 1 for text in flag.value):
         given = ",".join(flag.value)
-        raise ValueError(f"--{flag.name}={given} must be whole numbers of at least {least}, such as {flag.default[0]}")
+        raise ValueError(f"--{flag.name}={given} must be whole numbers of at least 1, such as {flag.default[0]}")
     return [int(text) for text in flag.value]
 
 

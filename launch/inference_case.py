@@ -32,9 +32,8 @@ import numpy as np
 from unigist_jax.config import with_method
 from unigist_jax.layout import GistLayout
 from unigist_jax.model.config import LlamaConfig
-from unigist_jax.model.shapes import SHAPES
+from unigist_jax.model.shapes import named_shape
 
-TINY = LlamaConfig(256, 64, 128, 2, 4, 2, 16, param_dtype="float32", dtype="float32")  # to try the benchmark on a CPU
 CHUNKWISE = "activation_beacon", "autocompressors"
 RESERVE_BYTES = 3 * 2**29  # left free beside the largest batch: programs, logits, what steps need for a while
 
@@ -47,7 +46,7 @@ class Case:
       system: a method of this project (`unigist_jax.inference.methods`), or "transformers" (torch, sdpa).
       kind: "latency", "chunks", "decode" or "limit" (see the module).
       ratio: raws per gist, or of a context over those kept of it; None where nothing is compressed.
-      shape: a name in `SHAPES`, or "tiny".
+      shape: a name of `named_shape`.
       context: tokens of each sequence before the generated ones.
       batch: sequences; 0, of "decode" alone: as many as fit.
       new_tokens: tokens generated for each.
@@ -80,7 +79,7 @@ class Case:
     @property
     def config(self) -> LlamaConfig:
         """The model's shape."""
-        return TINY if self.shape == "tiny" else SHAPES[self.shape]
+        return named_shape(self.shape)
 
     @property
     def layout(self) -> GistLayout:

@@ -349,7 +349,8 @@ def test_the_training_benchmark_times_each_case_and_writes_table_and_figures(com
 
 def test_compile_only_tells_what_a_device_needs_and_makes_no_run(command, config_file, tmp_path):
     flags = ["--compile_only", "--platform=cpu", "--config.model.vocab_size=320"]
-    finished = command("train", f"--config={config_file}", f"--workdir={tmp_path}", *flags)
+    config = "--config", str(config_file)  # as absl takes it too
+    finished = command("train", *config, f"--workdir={tmp_path}", *flags)
     assert finished.code == 0, finished.err
     assert "a step of 256 raws" in finished.out
     result = strict_json((tmp_path / "compile-cpu-1.json").read_text())

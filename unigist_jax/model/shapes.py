@@ -1,4 +1,4 @@
-"""The published Llama models: sizes, rotary embedding and dtype as in their config.json."""
+"""The published Llama models: sizes, rotary embedding and dtype as in their config.json; and a tiny one."""
 
 from __future__ import annotations
 
@@ -31,3 +31,11 @@ SHAPES: dict[str, LlamaConfig] = {
     "llama3.2-1b": _llama3(2048, 8192, 16, 32, stretch=32.0, tied=True),
     "llama3.2-3b": _llama3(3072, 8192, 28, 24, stretch=32.0, tied=True),
 }
+TINY = LlamaConfig(256, 64, 128, 2, 4, 2, 16, param_dtype="float32", dtype="float32")  # to try a benchmark on a CPU
+
+
+def named_shape(name: str) -> LlamaConfig:
+    """A model of `SHAPES`, or "tiny". Raises ValueError for another name."""
+    if name != "tiny" and name not in SHAPES:
+        raise ValueError(f"--shape={name} is unknown; choose among tiny, {', '.join(SHAPES)}")
+    return TINY if name == "tiny" else SHAPES[name]
