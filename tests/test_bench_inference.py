@@ -101,15 +101,19 @@ def test_report(records, tmp_path):
 
 
 def test_the_parent_records_what_fails_and_goes_on(tmp_path):
-    """More devices than there are, then a case that takes too long to start at all."""
+    """More devices than there are, then more rounds than a second has time for."""
     command = [sys.executable, "-m", "launch.bench_inference", f"--out={tmp_path}", "--suites=latency", "--resume"]
-    command += ["--contexts=64", "--systems=full", "--platform=cpu", "--shape=tiny", "--tensor=16"]
+    command += ["--contexts=64", "--systems=full", "--platform=cpu", "--shape=tiny"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    for flags, error in (([], "needs 16 devices, but there are"), (["--timeout=1"], "took more than --timeout=1 s")):
+    failing = {
+        "full-latency-64-b1-16devices": (["--tensor=16"], "needs 16 devices, but there are"),
+        "full-latency-64-b1": (["--rounds=1000000", "--timeout=1"], "took more than --timeout=1 s"),
+    }
+    for flags, _ in failing.values():
         subprocess.run([*command, *flags], env=environment, check=True, capture_output=True)
-        result = json.loads((tmp_path / "bench_inference.json").read_text())
-        (record,) = result["records"]
-        assert record["name"] == "full-latency-64-b1-16devices" and error in record["error"]
+    result = json.loads((tmp_path / "bench_inference.json").read_text())
+    errors = {record["name"]: record["error"] for record in result["records"]}
+    assert list(errors) == list(failing) and all(failing[name][1] in error for name, error in errors.items())
     assert len(result["commands"]) == 2
     finished = subprocess.run([*command, "--shape=gpt5"], env=environment, check=False, capture_output=True, text=True)
     assert finished.returncode == 2 and "error: --shape=gpt5 is unknown; choose among tiny" in finished.stderr
